@@ -1,0 +1,145 @@
+"""The decode half: the module takes xn as its first input and computes y1 and everything after it (contract 1).
+
+SGLang's decode side expects prefill to have sampled y1. The hooks here let a request start with no output instead:
+KV for n-1 tokens, xn waiting as the next input, and nothing to stream, penalise, match or accept yet. From its first
+decode step on, a request is an ordinary one. `seams.py` says where each hook goes and why.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import Any
+
+from sglang_prefillshare.errors import HandoffError
+from sglang_prefillshare.handoff.receipt import ROOM_MASK, Receipt
+from sglang_prefillshare.host.requests import MIN_PROMPT_TOKENS, is_fake_transfer
+from sglang_prefillshare.host.role import attach_role, refuse_unsupported_pool, role_of
+
+_FIRST_RECEIPT_SLOT = 8
+
+
+def awaits_first_token(req: Any) -> bool:
+    """A request that holds x1..x(n-1) and has generated nothing: xn is its next input."""
+    return not is_fake_transfer(req) and len(req.output_ids) == 0 and len(req.origin_input_ids) >= MIN_PROMPT_TOKENS
+
+
+def init_disaggregation(original: Callable[..., None], self: Any) -> None:
+    attach_role(self)
+    original(self)
+    refuse_unsupported_pool(self)
+
+
+def create_generation_req(original: Callable[..., Any], self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
+    """Key the request by the base's identity, as prefill does; a client's own `extra_key` has no say in it."""
+    if not is_fake_transfer(recv_req):
+        kwargs["extra_key"] = role_of(self).namespace
+    return original(self, recv_req, *args, **kwargs)
+
+
+def pre_alloc_fill_len(original: Callable[..., int], req: Any) -> int:
+    """How many KV slots to allocate before decoding: n-1 for a request without output, SGLang's count otherwise."""
+    return len(req.origin_input_ids) - 1 if awaits_first_token(req) else original(req)
+
+
+def commit_transfer_to_req(original: Callable[..., None], self: Any, decode_req: Any) -> None:
+    """Check the receipt, then let SGLang commit the handoff without the token that prefill sampled."""
+    req = decode_req.req
+    if not awaits_first_token(req):
+        original(self, decode_req)
+        return
+    buffers, index = self.metadata_buffers, decode_req.metadata_buffer_index
+    try:
+        receipt = Receipt.from_words(buffers.cached_tokens[index, _FIRST_RECEIPT_SLOT:].tolist())
+        receipt.check(role_of(self.scheduler).receipt(req.origin_input_ids[:-1], cross_model_tokens=0))
+    except HandoffError as error:
+        _abort(decode_req, str(error))
+        return
+    buffers.bootstrap_room[index, 0] = int(buffers.bootstrap_room[index, 0]) ^ ROOM_MASK
+    # SGLang's replay of a known token skips everything that belongs to a token sampled by prefill: its log-probability,
+    # its sampling mask and its place in a reasoning section. xn is such a token, and then it is taken off again.
+    was_rebootstrap, decode_req.is_rebootstrap = decode_req.is_rebootstrap, True
+    req.pd_rebootstrap_forced_output_id = req.origin_input_ids[-1]
+    try:
+        original(self, decode_req)
+    finally:
+        decode_req.is_rebootstrap = was_rebootstrap
+        req.pd_rebootstrap_forced_output_id = None
+    if len(req.output_ids):
+        req.output_ids.pop()
+
+
+def _abort(decode_req: Any, message: str) -> None:
+    from sglang.srt.disaggregation.utils import prepare_abort
+
+    prepare_abort(decode_req.req, f"KV handoff refused: {message}", status_code=HTTPStatus.INTERNAL_SERVER_ERROR)
+    decode_req.kv_receiver.clear()
+    decode_req.kv_receiver = None
+
+
+def prepare_for_prebuilt(original: Callable[..., None], self: Any) -> None:
+    """Let SGLang build the batch over x1..x(n-1), the tokens whose KV is there."""
+    with _swapped(self.reqs, "origin_input_ids", lambda req: req.origin_input_ids[:-1]):
+        original(self)
+
+
+def process_prebuilt(original: Callable[..., None], self: Any, future_map: Any) -> None:
+    """Relay xn as the next input; a grammar must not see it; what is generated must never enter a radix tree."""
+    fresh = [req for req in self.reqs if awaits_first_token(req)]
+    with (
+        _swapped(fresh, "grammar", lambda _req: None),
+        _swapped(fresh, "output_ids", lambda req: array("q", [req.origin_input_ids[-1]])),
+    ):
+        original(self, future_map)
+    for req in fresh:
+        req.skip_radix_cache_insert = True  # contract 2
+
+
+def process_batch_result_prebuilt(original: Callable[..., None], self: Any, batch: Any) -> None:
+    """Stream and finish only requests that have something to say: no empty first chunk, no stop check on nothing."""
+    everyone = batch.reqs
+    batch.reqs = [req for req in everyone if not awaits_first_token(req) or _is_over(req)]
+    try:
+        original(self, batch)
+    finally:
+        silent = [req for req in everyone if req not in batch.reqs]
+        batch.reqs = everyone
+    for req in silent:
+        req.time_stats.set_decode_prebuilt_finish_time()
+
+
+def _is_over(req: Any) -> bool:
+    return req.to_finish is not None or req.sampling_params.max_new_tokens == 0
+
+
+def cumulate_penalty_output_tokens(original: Callable[..., None], self: Any) -> None:
+    """Keep xn out of the penalties and out of `min_new_tokens`: SGLang would count it as generated."""
+    fresh = [row for row, req in enumerate(self.reqs) if awaits_first_token(req)]
+    if not fresh:
+        original(self)
+        return
+    import torch
+
+    kept: list[tuple[Any, str, Any]] = []
+    for penalizer in self.sampling_info.penalizer_orchestrator.penalizers.values():
+        for name, value in vars(penalizer).items():
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == len(self.reqs):
+                kept.append((penalizer, name, value[fresh].clone()))
+    original(self)
+    for penalizer, name, rows in kept:
+        getattr(penalizer, name)[fresh] = rows
+
+
+@contextmanager
+def _swapped(reqs: list[Any], name: str, replacement: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace an attribute of the requests that await their first token for the time of one call into SGLang."""
+    chosen = [(req, getattr(req, name)) for req in reqs if awaits_first_token(req)]
+    for req, _ in chosen:
+        setattr(req, name, replacement(req))
+    try:
+        yield
+    finally:
+        for req, value in chosen:
+            setattr(req, name, value)

@@ -1,0 +1,244 @@
+"""Our flags on `launch_server`: parsed beside SGLang's, checked, and turned into the settings that a role needs.
+
+A role implies a whole set of SGLang settings. What the user left open is filled in; what the user said otherwise is refused
+here, before anything is loaded, with the reason and the fix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from sglang_prefillshare.errors import ConfigError, PrefillShareError
+from sglang_prefillshare.host.settings import BACKEND_NAME, RoleSettings, publish
+from sglang_prefillshare.protocol import Role
+
+_EXPLICIT: Final = "_prefill_share_explicit"
+
+
+def add_cli_args(original: Callable[..., None], parser: argparse.ArgumentParser) -> None:
+    """Hook on `ServerArgs.add_cli_args`."""
+    from sglang_prefillshare.host.backend_choice import offer_backend
+
+    offer_backend()
+    original(parser)
+    group = parser.add_argument_group("PrefillShare")
+    group.add_argument(
+        "--prefill-share-role",
+        choices=[role.value for role in Role],
+        default=None,
+        help="Run this server as one half of PrefillShare: 'prefill' serves the frozen base and fills the shared KV "
+        "cache, 'decode' serves one fine-tuned decode module from it. Implies the disaggregation settings.",
+    )
+    group.add_argument(
+        "--prefill-share-base",
+        metavar="MODEL",
+        default=None,
+        help="The base that the decode module was fine-tuned from (path or hub id). On prefill it is the model served.",
+    )
+    group.add_argument(
+        "--prefill-share-allow-untrained",
+        action="store_true",
+        default=False,
+        help="Serve a decode module that has no prefillshare.json: its weights never learned to read the base's KV.",
+    )
+    _remember_explicit_flags(parser)
+
+
+def _remember_explicit_flags(parser: argparse.ArgumentParser) -> None:
+    """Let the parsed namespace say which flags were written out, so that a default is never taken for a contradiction."""
+    parse = parser.parse_known_args
+
+    def parse_known_args(args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        parsed, rest = parse(words, namespace)
+        options = parser._option_string_actions
+        explicit = {options[name].dest for name in (word.split("=", 1)[0] for word in words) if name in options}
+        setattr(parsed, _EXPLICIT, explicit)
+        return parsed, rest
+
+    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+
+
+def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
+    """Hook on `ServerArgs.from_cli_args`: become a worker with a role, if the flags say so."""
+    role = getattr(args, "prefill_share_role", None)
+    try:
+        if role is not None:
+            settings = configure(Role(role), args)
+            publish(settings)
+            _install(settings)
+        elif getattr(args, "prefill_share_base", None) or getattr(args, "prefill_share_allow_untrained", False):
+            raise ConfigError(
+                "--prefill-share-base and --prefill-share-allow-untrained need --prefill-share-role prefill or decode."
+            )
+    except PrefillShareError as error:
+        print(f"launch_server: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    return original(cls, args)
+
+
+def _install(settings: RoleSettings) -> None:
+    from sglang_prefillshare.host.seams import install, role_seams
+
+    install(role_seams(settings))
+
+
+def configure(role: Role, args: argparse.Namespace) -> RoleSettings:
+    """Check the flags against the role, fill in what it implies, and find out who the base is.
+
+    Changes `args`. Raises `ConfigError` for flags that contradict the role, `IdentityError` for a decode module that
+    does not belong to the base.
+    """
+    explicit: set[str] = getattr(args, _EXPLICIT, set())
+    on_cpu = _is_cpu_platform()
+    _refuse_contradictions(role, args)
+    implied = _implied(role, on_cpu=on_cpu)
+    for name, value in implied.items():
+        found = getattr(args, name)
+        if name in explicit and found != value:
+            raise ConfigError(
+                f"{_flag(name)} {found} contradicts --prefill-share-role {role}, which sets it to {value}. Remove the flag."
+            )
+        setattr(args, name, value)
+    if "disaggregation_transfer_backend" not in explicit:
+        args.disaggregation_transfer_backend = BACKEND_NAME if on_cpu else "nixl"
+    _refuse_backend(args.disaggregation_transfer_backend, on_cpu=on_cpu)
+    _set_environment(args)
+    return _identify(role, args)
+
+
+def _is_cpu_platform() -> bool:
+    from sglang.srt.platforms import current_platform
+
+    return bool(current_platform.device_type == "cpu")
+
+
+def _implied(role: Role, *, on_cpu: bool) -> dict[str, Any]:
+    implied: dict[str, Any] = {"disaggregation_mode": role.value}
+    if role is Role.DECODE and on_cpu:
+        implied["disaggregation_decode_retraction_backup"] = "cpu_tensor"
+    if role is Role.DECODE:
+        implied["enable_cache_report"] = True  # usage.prompt_tokens_details.cached_tokens: what sharing saved
+    return implied
+
+
+_CONTRADICTIONS: Final[dict[Role | None, dict[str, tuple[Any, str]]]] = {
+    None: {
+        "speculative_algorithm": (None, "speculative decoding needs the hidden states of the prompt, which the base has"),
+        "enable_pd_role_switch": (False, "a worker cannot change sides: its weights belong to one of them"),
+        "disaggregation_decode_allocation_policy": ("early", "only the default allocation policy is supported"),
+        "tokenizer_worker_num": (1, "SGLang does not load plugins in extra tokenizer workers"),
+        "pp_size": (1, "pipeline parallelism is not supported yet"),
+        "dp_size": (1, "start several workers behind the router instead of data parallelism inside one"),
+        "attn_cp_size": (1, "context parallelism is not supported yet"),
+        "dcp_size": (1, "decode context parallelism is not supported yet"),
+        "enable_lora": (None, "serve each adapter as a decode module of its own, merged into the weights"),
+        "lora_paths": (None, "serve each adapter as a decode module of its own, merged into the weights"),
+        "enable_hisparse": (False, "its KV pool is not a plain one"),
+        "enable_session_radix_cache": (False, "a session would keep generated KV as prompt"),
+        "encoder_only": (False, "text models only for now"),
+        "language_only": (False, "text models only for now"),
+        "grpc_mode": (False, "the gRPC front end does not carry our checks"),
+        "smg_grpc_mode": (False, "the gRPC front end does not carry our checks"),
+        "enable_hierarchical_cache": (False, "lower cache tiers are not keyed by the base's identity yet"),
+        "is_embedding": (False, "there is nothing to decode"),
+    },
+    Role.PREFILL: {
+        "disable_radix_cache": (False, "the radix tree is what the decode modules share"),
+    },
+    Role.DECODE: {
+        "disaggregation_decode_enable_offload_kvcache": (False, "it would store generated KV as if the base had made it"),
+        "disaggregation_decode_enable_radix_cache": (False, "incremental handoff is not supported yet"),
+    },
+}
+"""Per role (None: both), SGLang's field, the one value that works, and why."""
+
+
+def _refuse_contradictions(role: Role, args: argparse.Namespace) -> None:
+    for name, (wanted, reason) in {**_CONTRADICTIONS[None], **_CONTRADICTIONS[role]}.items():
+        found = getattr(args, name, wanted)
+        if found != wanted and found:
+            raise ConfigError(
+                f"{_flag(name)} {'' if found is True else found} cannot be used with --prefill-share-role {role}: "
+                f"{reason}. Remove the flag.".replace("  ", " ").replace(" cannot", " cannot")
+            )
+    if os.environ.get("SGLANG_RUST_SERVER", "0").lower() in ("1", "true"):
+        raise ConfigError("SGLANG_RUST_SERVER cannot be used with a role: its front end does not carry our checks. Unset it.")
+    if os.environ.get("SGLANG_USE_HND_KVCACHE", "0").lower() in ("1", "true"):
+        raise ConfigError("SGLANG_USE_HND_KVCACHE cannot be used with a role: SGLang hands over NHD pools only. Unset it.")
+
+
+def _refuse_backend(backend: str, *, on_cpu: bool) -> None:
+    if backend == "fake":
+        raise ConfigError("--disaggregation-transfer-backend fake moves no KV. Choose prefillshare or nixl.")
+    if backend == BACKEND_NAME and not on_cpu:
+        raise ConfigError(
+            "--disaggregation-transfer-backend prefillshare works on CPU hosts for now. Choose nixl or mooncake."
+        )
+
+
+def _set_environment(args: argparse.Namespace) -> None:
+    # SGLang would bind the KV control sockets to the address of the first network card.
+    if _is_loopback(args.host):
+        os.environ.setdefault("SGLANG_HOST_IP", "127.0.0.1")
+    # A prefill leg whose decode leg never arrives holds its prompt until then; SGLang waits five minutes.
+    os.environ.setdefault("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", "60")
+
+
+def _is_loopback(host: str | None) -> bool:
+    if host in (None, "localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(str(host)).is_loopback
+    except ValueError:
+        return False
+
+
+def _identify(role: Role, args: argparse.Namespace) -> RoleSettings:
+    from sglang_prefillshare.identity.fingerprint import check_tokenizer, identify_base, read_config
+    from sglang_prefillshare.identity.geometry import check_same_geometry
+    from sglang_prefillshare.identity.manifest import FILE_NAME, check_manifest, read_manifest
+
+    base, module = args.prefill_share_base, args.model_path
+    if role is Role.PREFILL:
+        if base is not None and Path(base).resolve() != Path(module).resolve() and base != module:
+            raise ConfigError(
+                f"--prefill-share-base is {base}, but this prefill worker serves {module}. Prefill serves the base itself: "
+                "leave --prefill-share-base out, or give the same model."
+            )
+        identity = identify_base(module, tokenizer_path=args.tokenizer_path, chat_template=args.chat_template)
+        return RoleSettings(role, module, identity, True, args.disaggregation_transfer_backend)
+    if base is None:
+        raise ConfigError(
+            "--prefill-share-role decode needs --prefill-share-base MODEL: the base that the decode module was "
+            "fine-tuned from, and that its prefill workers serve."
+        )
+    identity = identify_base(base, chat_template=args.chat_template)
+    check_same_geometry(read_config(base), read_config(module))
+    check_tokenizer(args.tokenizer_path or module, identity, chat_template=args.chat_template)
+    manifest = read_manifest(module)
+    if manifest is not None:
+        check_manifest(manifest, identity, module=module)
+    elif not args.prefill_share_allow_untrained:
+        raise ConfigError(
+            f"{module} has no {FILE_NAME}: nothing says that it was fine-tuned to read the KV of {base}. "
+            f"If it was, record it with `prefillshare identity write {module} --base {base}`; to serve it all the same, add "
+            "--prefill-share-allow-untrained."
+        )
+    else:
+        print(
+            f"warning: {module} has no {FILE_NAME}; it is served untrained, its answers may be worse than with its own "
+            "prefill.",
+            file=sys.stderr,
+        )
+    return RoleSettings(role, base, identity, manifest is not None, args.disaggregation_transfer_backend)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

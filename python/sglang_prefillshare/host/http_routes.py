@@ -1,0 +1,150 @@
+"""What a worker with a role adds to SGLang's HTTP server: its description, a leg's accounting, and a few closed doors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
+from typing import Any, Final
+
+import sglang_prefillshare
+from sglang_prefillshare.host.prefill_role import REPORT_KEY
+from sglang_prefillshare.host.role import SchedulerRole, role_of
+from sglang_prefillshare.host.settings import current_settings
+from sglang_prefillshare.protocol import (
+    BOUNDARY_RULE,
+    CACHED_TOKENS_HEADER,
+    CROSS_MODEL_HEADER,
+    PROMPT_TOKENS_HEADER,
+    WORKER_INFO_PATH,
+    Role,
+    WorkerInfo,
+)
+
+INIT_INFO_KEY: Final = "prefill_share"
+
+_CLOSED_PREFIXES: Final = {
+    "/update_weights": "new weights would be another base or module under the old identity. Restart the worker.",
+    "/init_weights_update_group": "new weights would be another base or module under the old identity. Restart the worker.",
+    "/load_lora_adapter": "serve each adapter as a decode module of its own.",
+    "/open_session": "send the whole context; its prefix is cached.",
+    "/pause_generation": "retracted requests would be prefilled again by the base, generated tokens included.",
+    "/convert_pd_role": "a worker cannot change sides.",
+}
+
+_leg: ContextVar[dict[str, int] | None] = ContextVar("prefill_share_leg", default=None)
+
+
+def get_init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
+    """Hook on the scheduler's ready message: tell the HTTP process what only the scheduler knows."""
+    role: SchedulerRole = role_of(self)
+    result[INIT_INFO_KEY] = {
+        "fingerprint": role.fingerprint,
+        "kv_dtype": role.kv_dtype,
+        "page_size": self.page_size,
+        "max_running_requests": self.max_running_requests,
+        "max_total_tokens": self.max_total_num_tokens,
+    }
+    return result
+
+
+def setup_http_server(
+    original: Callable[..., Any], server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Hook on the start of SGLang's HTTP server: add our route and middleware to its app."""
+    from sglang.srt.entrypoints import http_server
+
+    infos = kwargs.get("scheduler_infos") or args[2]
+    description = _describe(tokenizer_manager, infos[0][INIT_INFO_KEY]).to_json()
+
+    async def worker_info() -> dict[str, Any]:
+        return description
+
+    http_server.app.add_api_route(WORKER_INFO_PATH, worker_info, methods=["GET"])
+    http_server.app.add_middleware(LegMiddleware)
+    return original(server_args, tokenizer_manager, *args, **kwargs)
+
+
+def _describe(tokenizer_manager: Any, scheduler: dict[str, Any]) -> WorkerInfo:
+    settings = current_settings()
+    assert settings is not None
+    config = tokenizer_manager.config_value
+    is_prefill = settings.role is Role.PREFILL
+    return WorkerInfo(
+        role=settings.role,
+        model=tokenizer_manager.served_model_name,
+        base_fingerprint=scheduler["fingerprint"],
+        boundary=BOUNDARY_RULE,
+        trained=settings.trained,
+        transfer_backend=settings.transfer_backend,
+        page_size=scheduler["page_size"],
+        kv_dtype=scheduler["kv_dtype"],
+        max_total_tokens=scheduler["max_total_tokens"],
+        max_running_requests=scheduler["max_running_requests"],
+        context_length=tokenizer_manager.context_len,
+        bootstrap_port=int(config("disaggregation_bootstrap_port")) if is_prefill else None,
+        version=sglang_prefillshare.__version__,
+    )
+
+
+class LegMiddleware:
+    """Refuse endpoints that would break a contract, and report a leg's token counts in response headers."""
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        for prefix, reason in _CLOSED_PREFIXES.items():
+            if scope["path"].startswith(prefix):
+                await _refuse(send, f"{scope['path']} is not supported on a worker with a PrefillShare role: {reason}")
+                return
+        counts: dict[str, int] = {}
+        _leg.set(counts)
+
+        async def send_with_counts(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start" and counts:
+                headers = [(name.encode(), str(value).encode()) for name, value in counts.items()]
+                message = {**message, "headers": [*message.get("headers", []), *headers]}
+            await send(message)
+
+        await self._app(scope, receive, send_with_counts)
+
+
+async def _refuse(send: Any, reason: str) -> None:
+    body = json.dumps({"error": {"message": reason, "type": "BadRequestError", "code": 400}}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def generate_request(original: Callable[..., AsyncIterator[Any]], *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+    """Hook on the tokenizer manager: see each answer's meta information on its way out, and change nothing."""
+    return _observed(original(*args, **kwargs))
+
+
+async def _observed(answers: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async with contextlib.aclosing(answers) as stream:  # type: ignore[type-var]
+        async for answer in stream:
+            _count(answer)
+            yield answer
+
+
+def _count(answer: Any) -> None:
+    counts = _leg.get()
+    if counts is None:
+        return
+    for item in answer if isinstance(answer, list) else [answer]:
+        meta = item.get("meta_info", {}) if isinstance(item, dict) else {}
+        if REPORT_KEY not in meta:
+            continue
+        cross_model = sum(value or 0 for value in meta[REPORT_KEY])
+        for name, value in (
+            (PROMPT_TOKENS_HEADER, meta["prompt_tokens"]),
+            (CACHED_TOKENS_HEADER, meta["cached_tokens"]),
+            (CROSS_MODEL_HEADER, cross_model),
+        ):
+            counts[name] = counts.get(name, 0) + int(value)

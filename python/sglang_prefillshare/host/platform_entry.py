@@ -1,0 +1,30 @@
+"""Entry point of the CPU platform: decides, without heavy imports, whether this machine needs it."""
+
+from __future__ import annotations
+
+import os
+
+from sglang_prefillshare.host import torchvision_standin
+
+
+def activate() -> str | None:
+    """Return the dotted path of the CPU platform, or None where SGLang has a platform of its own.
+
+    SGLang calls this while it imports itself, in every process, before it touches torchvision; so this is also
+    where the missing torchvision is stood in for.
+    """
+    import torch
+
+    if _has_accelerator() or os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
+        return None
+    torchvision_standin.install_if_absent()
+    # SGLang's loop over several OpenMP threads stalls at barriers when processes share cores.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    return "sglang_prefillshare.host.cpu_platform.CpuPlatform"
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    candidates = ("cuda", "npu", "xpu", "musa", "mps")
+    return any(getattr(torch, name, None) is not None and getattr(torch, name).is_available() for name in candidates)

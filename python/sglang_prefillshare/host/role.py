@@ -1,0 +1,70 @@
+"""The role as one scheduler process runs it: namespace, fingerprint and the words that travel with every handoff."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sglang_prefillshare.errors import HandoffError, SeamError
+from sglang_prefillshare.handoff.receipt import Receipt
+from sglang_prefillshare.host.settings import RoleSettings, current_settings
+from sglang_prefillshare.protocol import Role
+
+_ATTRIBUTE: Final = "_prefill_share_role"
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerRole:
+    """A scheduler's role with what is known only after the model was loaded."""
+
+    settings: RoleSettings
+    kv_dtype: str
+    fingerprint: str
+    """`BaseIdentity.runtime_fingerprint` of the base whose KV this worker writes or reads, in its KV dtype."""
+
+    @property
+    def namespace(self) -> str:
+        return self.settings.namespace(self.kv_dtype)
+
+    def receipt(self, prompt_ids: Any, *, cross_model_tokens: int) -> Receipt:
+        """What prefill states about a handoff; `prompt_ids` are x1..x(n-1) as `array('q')`."""
+        return Receipt.of(prompt_ids, fingerprint=self.fingerprint, cross_model_tokens=cross_model_tokens)
+
+
+def attach_role(scheduler: Any) -> SchedulerRole:
+    """Work out the role of a scheduler whose model is loaded and whose queues are not built yet."""
+    settings = current_settings()
+    assert settings is not None, "a role hook ran in a process without a role"
+    kv_dtype = str(scheduler.tp_worker.model_runner.kv_cache_dtype).removeprefix("torch.")
+    role = SchedulerRole(settings, kv_dtype, settings.identity.runtime_fingerprint(kv_dtype))
+    setattr(scheduler, _ATTRIBUTE, role)
+    return role
+
+
+def role_of(scheduler: Any) -> SchedulerRole:
+    role = getattr(scheduler, _ATTRIBUTE, None)
+    if not isinstance(role, SchedulerRole):
+        raise SeamError(
+            "this scheduler has no PrefillShare role although its hooks are active. "
+            "Run `prefillshare doctor` and report its output."
+        )
+    return role
+
+
+def refuse_unsupported_pool(scheduler: Any) -> None:
+    """Stop a worker whose KV is more than one K and one V per token and layer: x1..x(n-1) would not be all of it."""
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    role = role_of(scheduler)
+    queue = (
+        scheduler.disagg_prefill_bootstrap_queue
+        if role.settings.role is Role.PREFILL
+        else scheduler.disagg_decode_prealloc_queue
+    )
+    pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
+    state_types = list(queue.kv_manager.kv_args.state_types or ())
+    if not isinstance(pool, MHATokenToKVPool) or state_types:
+        raise HandoffError(
+            f"this model keeps its KV in a {type(pool).__name__} with extra state {state_types}; PrefillShare hands over "
+            "multi-head and grouped-query attention caches (Llama, Qwen3, …). Serve it without --prefill-share-role."
+        )

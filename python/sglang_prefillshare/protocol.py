@@ -1,0 +1,83 @@
+"""What workers and router tell each other: the worker description, header names, and the boundary rule.
+
+Plain values only. `host/` serves them from inside SGLang; `routing/` reads them over HTTP.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+from sglang_prefillshare.errors import WorkerError
+
+BOUNDARY_RULE: Final = "base:x1..x(n-1);decode:xn.."
+"""Contract 1, in one string: the base computes KV for x1..x(n-1), the decode module takes over at xn.
+Written into every manifest, so that a module trained on another split is refused."""
+
+WORKER_INFO_PATH: Final = "/prefill_share"
+"""GET on any SGLang worker that runs with a role: its `WorkerInfo` as JSON."""
+
+MODULE_HEADER: Final = "x-smg-routing-key"
+"""On a prefill leg: the decode module that the prompt is prefilled for. SGLang carries this header into the
+scheduler as `routing_key`; its `/generate` endpoint reads the body field `routing_key` instead."""
+
+PROMPT_TOKENS_HEADER: Final = "x-prefill-share-prompt-tokens"
+CACHED_TOKENS_HEADER: Final = "x-prefill-share-cached-tokens"
+CROSS_MODEL_HEADER: Final = "x-prefill-share-cross-model-cached-tokens"
+"""On a prefill leg's answer: tokens that the base had to hold (n-1), those found in its radix tree, and of those
+the ones whose KV was first computed for another decode module."""
+
+
+class Role(StrEnum):
+    """Which half of the split a worker runs."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """What one worker says of itself at `WORKER_INFO_PATH`.
+
+    `model` is the served model name, `base_fingerprint` the content identity of the base whose KV it writes
+    (prefill) or reads (decode). `bootstrap_port` is `None` on a decode worker. `max_total_tokens` is the capacity
+    of the worker's KV pool in tokens. `trained` is False for a decode module without a manifest.
+    """
+
+    role: Role
+    model: str
+    base_fingerprint: str
+    boundary: str
+    trained: bool
+    transfer_backend: str
+    page_size: int
+    kv_dtype: str
+    max_total_tokens: int
+    max_running_requests: int
+    context_length: int
+    bootstrap_port: int | None
+    version: str
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Any, *, source: str) -> WorkerInfo:
+        """Parse what a worker answered; `source` names it in the `WorkerError` raised when it does not fit."""
+        if not isinstance(data, dict):
+            raise WorkerError(f"{source} answered {type(data).__name__} at {WORKER_INFO_PATH}, wanted a JSON object.")
+        names = {field.name for field in dataclasses.fields(cls)}
+        missing = names - data.keys()
+        if missing:
+            raise WorkerError(
+                f"{source} describes itself without {', '.join(sorted(missing))}. "
+                "Run the same sglang-prefillshare version on workers and router."
+            )
+        values = {name: data[name] for name in names}
+        try:
+            values["role"] = Role(values["role"])
+        except ValueError:
+            raise WorkerError(f"{source} has role {values['role']!r}, wanted prefill or decode.") from None
+        return cls(**values)
