@@ -96,6 +96,21 @@ class _Watched:
     names: set[str] = field(default_factory=set)
 
 
+class _RecentRooms:
+    """Why rooms ended, for the last few thousand of them."""
+
+    def __init__(self) -> None:
+        self._reasons: collections.OrderedDict[int, str] = collections.OrderedDict()
+
+    def add(self, room: int, reason: str) -> None:
+        self._reasons[room] = reason
+        while len(self._reasons) > _REMEMBERED_ROOMS:
+            self._reasons.popitem(last=False)
+
+    def pop(self, room: int) -> str | None:
+        return self._reasons.pop(room, None)
+
+
 class PrefillShareKVManager(CommonKVManager):  # type: ignore[misc]
     """Both sides of the backend; which one is decided by the worker's disaggregation mode."""
 
@@ -117,7 +132,8 @@ class PrefillShareKVManager(CommonKVManager):  # type: ignore[misc]
         self._prefill_pools: dict[int, _PrefillPool] = {}
         self._destinations: dict[int, _Destination] = {}
         self._open_rooms: set[int] = set()
-        self._ended_rooms: collections.OrderedDict[int, str] = collections.OrderedDict()
+        self._ended_rooms = _RecentRooms()  # failed on this side; decode may still ask
+        self._abandoned_rooms = _RecentRooms()  # given up by decode before prefill heard of them
         self.session = uuid.uuid4().hex
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
         self.enable_staging = False
@@ -263,12 +279,12 @@ class PrefillShareKVManager(CommonKVManager):  # type: ignore[misc]
         if peer is None:
             logger.warning("Room %s is wanted by an unregistered decode worker", message.room)
             return
-        if message.room in self._ended_rooms:
+        if (failure := self._ended_rooms.pop(message.room)) is not None:
             self.send_kv_status_message(
                 targets=[(peer.host, peer.port)],
                 bootstrap_room=message.room,
                 status=KVPoll.Failed,
-                failure_reason=self._ended_rooms[message.room],
+                failure_reason=failure,
             )
             return
         self.transfer_infos[message.room] = {
@@ -331,22 +347,22 @@ class PrefillShareKVManager(CommonKVManager):  # type: ignore[misc]
             self.transfer_infos.pop(notification.room, None)
             self.req_to_decode_prefix_len.pop(notification.room, None)
             self.request_status.pop(notification.room, None)
-            self.end_room(notification.room, "decode gave the request up")
+            self._abandoned_rooms.add(notification.room, "decode gave the request up")
         elif self.request_status.get(notification.room) not in (None, KVPoll.Success):
             self.record_failure(notification.room, "decode gave the request up")
             self.update_status(notification.room, KVPoll.Failed)
 
-    def open_room(self, room: int) -> None:
+    def open_room(self, room: int) -> str | None:
+        """Take up a room; returns why it is over already, if decode gave it up before."""
         self._open_rooms.add(room)
-        self._ended_rooms.pop(room, None)
+        self._ended_rooms.pop(room)
+        return self._abandoned_rooms.pop(room)
 
-    def end_room(self, room: int, reason: str | None) -> None:
-        """Close a room; with a `reason` it failed, and a decode worker that asks for it later is told so at once."""
+    def close_room(self, room: int, failure: str | None) -> None:
+        """Leave a room; if it failed, a decode worker that asks for it later is told so at once."""
         self._open_rooms.discard(room)
-        if reason is not None:
-            self._ended_rooms[room] = reason
-            while len(self._ended_rooms) > _REMEMBERED_ROOMS:
-                self._ended_rooms.popitem(last=False)
+        if failure is not None:
+            self._ended_rooms.add(room, failure)
 
     def _decode_died(self, session: str) -> None:
         self._decode_peers.pop(session, None)
@@ -472,8 +488,11 @@ class PrefillShareKVSender(CommonKVSender):  # type: ignore[misc]
     kv_mgr: PrefillShareKVManager
 
     def __init__(self, mgr: PrefillShareKVManager, bootstrap_addr: str, bootstrap_room: int, **kwargs: Any) -> None:
-        mgr.open_room(bootstrap_room)
+        abandoned = mgr.open_room(bootstrap_room)
         super().__init__(mgr, bootstrap_addr, bootstrap_room, **kwargs)
+        if abandoned is not None:
+            mgr.record_failure(bootstrap_room, abandoned)
+            mgr.update_status(bootstrap_room, KVPoll.Failed)
 
     def abort(self) -> None:
         self.kv_mgr.conclude_failure(bootstrap_room=self.bootstrap_room, failure_reason="prefill gave the request up")
@@ -482,7 +501,7 @@ class PrefillShareKVSender(CommonKVSender):  # type: ignore[misc]
     def clear(self) -> None:
         super().clear()
         failed = self.conclude_state != KVPoll.Success
-        self.kv_mgr.end_room(self.bootstrap_room, "prefill gave the request up" if failed else None)
+        self.kv_mgr.close_room(self.bootstrap_room, "prefill gave the request up" if failed else None)
 
 
 class PrefillShareKVReceiver(CommonKVReceiver):  # type: ignore[misc]

@@ -201,6 +201,9 @@ NIXL_ON_CPU: Final = (
 )  # fmt: skip
 
 
+ALL: Final = (*FLAGS, *CPU, *BOTH_ROLES, *HTTP, *PREFILL, *DECODE, *NIXL_ON_CPU)
+
+
 def flag_seams() -> tuple[Seam, ...]:
     return FLAGS
 

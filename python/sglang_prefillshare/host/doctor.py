@@ -1,0 +1,89 @@
+"""`prefillshare doctor`: is this machine and its SGLang what our roles need? Every seam, the versions, the device."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, entry_points, version
+
+from rich.console import Console
+from rich.table import Table
+
+import sglang_prefillshare
+from sglang_prefillshare.errors import SeamError
+from sglang_prefillshare.host import seams
+
+_ENTRY_POINTS = (("sglang.srt.plugins", "prefillshare"), ("sglang.srt.platforms", "prefillshare_cpu"))
+_PACKAGES = ("torch", "triton", "transformers", "sglang-kernel", "nixl")
+
+
+def main() -> int:
+    """Print the report to standard output; 0 if everything a role needs is there, 1 otherwise."""
+    console = Console()
+    problems = [*_versions(console), *_entry_points(console), *_seams(console)]
+    for problem in problems:
+        console.print(f"[red]missing[/red]  {problem}", highlight=False, soft_wrap=True)
+    console.print("[red]Not ready.[/red]" if problems else "[green]Ready.[/green]")
+    return 1 if problems else 0
+
+
+def _versions(console: Console) -> Iterator[str]:
+    table = Table("what", "found", title="Versions", title_justify="left")
+    table.add_row("sglang-prefillshare", sglang_prefillshare.__version__)
+    found = _installed("sglang")
+    table.add_row("sglang", f"{found} (wanted {seams.SGLANG_VERSION})")
+    for package in _PACKAGES:
+        table.add_row(package, _installed(package))
+    table.add_row("python", platform.python_version())
+    table.add_row("device", _device())
+    console.print(table)
+    if found != seams.SGLANG_VERSION:
+        yield f"sglang is {found}, wanted {seams.SGLANG_VERSION}: pip install sglang=={seams.SGLANG_VERSION}"
+
+
+def _installed(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _device() -> str:
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}, CUDA {torch.version.cuda}"
+    cores = len(os.sched_getaffinity(0))
+    return f"CPU, {cores} cores ({platform.machine()})"
+
+
+def _entry_points(console: Console) -> Iterator[str]:
+    for group, name in _ENTRY_POINTS:
+        if not entry_points(group=group, name=name):
+            yield f"entry point {name} in {group}: pip install sglang-prefillshare into the environment that runs SGLang"
+    allowed = os.environ.get("SGLANG_PLUGINS")
+    if allowed and "prefillshare" not in allowed.split(","):
+        yield f"SGLANG_PLUGINS={allowed} leaves our plugin out: add prefillshare to it"
+    selected = os.environ.get("SGLANG_PLATFORM")
+    if selected and selected != "prefillshare_cpu":
+        yield f"SGLANG_PLATFORM={selected} makes SGLang skip our plugin, which is in another distribution: unset it"
+
+
+def _seams(console: Console) -> list[str]:
+    console.print("[italic]Seams[/italic] (where we hook SGLang, why, and when the hook can go)")
+    problems = []
+    for seam in seams.ALL:
+        try:
+            seams.check(seam)
+            state = "[green]ok[/green]"
+        except SeamError as error:
+            if seam in seams.NIXL_ON_CPU and _installed("nixl") == "not installed":
+                state = "nixl not installed"
+            else:
+                state = "[red]missing[/red]"
+                problems.append(str(error))
+        line = f"  {state}  {seam.target.removeprefix('sglang.srt.')} [dim]({seam.kind})[/dim]"
+        console.print(line, highlight=False, soft_wrap=True)
+        console.print(f"      {seam.why}; retire when: {seam.retire_when}", style="dim", highlight=False, soft_wrap=True)
+    return problems
