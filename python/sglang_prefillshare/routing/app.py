@@ -1,0 +1,337 @@
+"""The router as an ASGI app: its endpoints, and the life of what they share.
+
+Generation requests go to `dispatch`; everything here only describes the pool or asks its workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, Final
+
+import aiohttp
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from sglang_prefillshare import __version__
+from sglang_prefillshare.routing import _json
+from sglang_prefillshare.routing.config import RouterConfig
+from sglang_prefillshare.routing.dispatch import Dispatcher, error_body
+from sglang_prefillshare.routing.prefix_index import PrefixIndex
+from sglang_prefillshare.routing.request import Endpoint
+from sglang_prefillshare.routing.telemetry import CallLog, Metrics
+from sglang_prefillshare.routing.workers import Worker, WorkerPool
+
+logger = logging.getLogger(__name__)
+
+KEEP_ALIVE_S: Final = 3.0
+"""Idle connections to workers are closed before SGLang's server does it (5 s): a request that is sent into a closing
+connection is lost."""
+
+
+class Router:
+    """The state that the endpoints share. `running()` must be entered before requests are served."""
+
+    def __init__(self, config: RouterConfig) -> None:
+        self.config = config
+        self.index = PrefixIndex(capacity_blocks=config.prefix_capacity_blocks)
+        self.pool = WorkerPool(config, index=self.index)
+        self.metrics = Metrics()
+        self.calls = CallLog(size=config.call_log_size)
+        self.started_at = int(time.time())
+        self._dispatcher: Dispatcher | None = None
+        self._session: aiohttp.ClientSession | None = None
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        assert self._dispatcher is not None, "the app's lifespan has not started"
+        return self._dispatcher
+
+    @property
+    def session(self) -> aiohttp.ClientSession:
+        assert self._session is not None, "the app's lifespan has not started"
+        return self._session
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Polls the workers and serves. On leaving, legs in flight are ended and told to their workers."""
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+        session = aiohttp.ClientSession(
+            connector=connector,
+            auto_decompress=False,  # decode's bytes pass through untouched
+            headers={"accept-encoding": "identity", "user-agent": f"sglang-prefillshare-router/{__version__}"},
+            cookie_jar=aiohttp.DummyCookieJar(),
+        )
+        # Abort messages outlive the pollers, but not the session.
+        async with session as self._session, asyncio.TaskGroup() as background, asyncio.TaskGroup() as pollers:
+            self._dispatcher = Dispatcher(
+                self.config,
+                pool=self.pool,
+                index=self.index,
+                metrics=self.metrics,
+                calls=self.calls,
+                session=self._session,
+                background=background,
+            )
+            tasks = [pollers.create_task(self._poll_forever(worker)) for worker in self.pool]
+            try:
+                yield
+            finally:
+                self._dispatcher.stop()
+                for task in tasks:
+                    task.cancel()
+
+    async def _poll_forever(self, worker: Worker) -> None:
+        while True:
+            try:
+                await self.pool.poll_forever(worker, self.session)
+            except Exception:  # a bug of ours must not stop the polls, nor take the other pollers down
+                logger.exception("polling the %s failed", worker.label)
+                await asyncio.sleep(self.config.poll_interval_s)
+
+    # -- generation
+
+    async def generate(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
+        await self.dispatcher.serve(
+            endpoint,
+            headers=headers,
+            receive=receive,
+            send=send,
+            path_module=scope.get("path_params", {}).get("model"),
+        )
+
+    # -- what the router knows
+
+    async def models(self, request: Request) -> Response:
+        """The decode modules (under /m/<model>/: that one). The base is not among them: it answers nobody."""
+        module = self._path_module(request)
+        names = self.config.decode if module is None else [module]
+        return JSONResponse({"object": "list", "data": [self._model_card(name) for name in names]})
+
+    async def model(self, request: Request) -> Response:
+        return JSONResponse(self._model_card(self._named_module(request.path_params["name"])))
+
+    def _model_card(self, name: str) -> dict[str, Any]:
+        infos = [worker.info for worker in self.pool.decode[name] if worker.info is not None]
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.started_at,
+            "owned_by": "sglang-prefillshare",
+            "root": name,
+            "parent": None,
+            "max_model_len": min((info.context_length for info in infos), default=None),
+        }
+
+    async def health(self, request: Request) -> Response:
+        """200 when every decode module (under /m/<model>/: that one) and the base can be reached through us."""
+        module = self._path_module(request)
+        missing = self.pool.missing(None if module is None else [module])
+        body = {
+            "status": "unavailable" if missing else "ok",
+            "missing": missing,
+            "base_fingerprint": self.pool.reference,
+            "prefill_ready": sum(worker.is_ready for worker in self.pool.prefill),
+            "decode_ready": {
+                name: sum(worker.is_ready for worker in workers) for name, workers in self.pool.decode.items()
+            },
+            "not_ready": [
+                {"url": worker.url, "status": worker.verdict.status, "reason": worker.verdict.reason}
+                for worker in self.pool
+                if not worker.is_ready
+            ],
+        }
+        return JSONResponse(body, status_code=503 if missing else 200)
+
+    async def workers(self, request: Request) -> Response:
+        return JSONResponse(
+            {
+                "base_fingerprint": self.pool.reference,
+                "workers": [
+                    {**worker.to_json(), "prefix_blocks": self.index.block_count(worker.url)} for worker in self.pool
+                ],
+            }
+        )
+
+    async def recent_calls(self, request: Request) -> Response:
+        limit = request.query_params.get("limit")
+        if limit is not None and not (limit.isascii() and limit.isdigit()):
+            raise HTTPException(400, f"limit is {limit!r}, wanted a number.")
+        records = self.calls.find(rid=request.query_params.get("rid"), limit=None if limit is None else int(limit))
+        return JSONResponse({"calls": [record.to_json() for record in records]})
+
+    async def expose_metrics(self, request: Request) -> Response:
+        for worker in self.pool:
+            labels = (worker.role, worker.model or "", worker.url)
+            self.metrics.worker_ready.labels(*labels).set(worker.is_ready)
+            self.metrics.worker_inflight.labels(*labels).set(len(worker.legs))
+            if worker.model is None:
+                self.metrics.worker_inflight_tokens.labels(worker.url).set(worker.inflight_tokens)
+        body, content_type = self.metrics.exposition()
+        return Response(body, headers={"content-type": content_type})
+
+    # -- what only the workers know
+
+    async def model_info(self, request: Request) -> Response:
+        """A module's worker under /m/<model>/, or if there is one module; else the base, whose tokenizer all share."""
+        module = self._path_module(request)
+        if module is None and len(self.config.decode) == 1:
+            module = next(iter(self.config.decode))
+        candidates = self.pool.prefill if module is None else self.pool.decode[module]
+        return await self._ask_first_ready(candidates, "/model_info", request)
+
+    async def server_info(self, request: Request) -> Response:
+        """Under /m/<model>/ that module's worker; else {"prefill": [...], "decode": [...]} of all that answer."""
+        module = self._path_module(request)
+        if module is not None:
+            return await self._ask_first_ready(self.pool.decode[module], "/server_info", request)
+        workers = [worker for worker in self.pool if worker.lost is None and worker.was_seen]
+        answers = await self._ask_all(workers, "GET", "/server_info", request)
+        body: dict[str, list[Any]] = {"prefill": [], "decode": []}
+        for worker, (status, info) in zip(workers, answers, strict=True):
+            entry: dict[str, Any] = {"url": worker.url, "status": status}
+            body[worker.role].append({**entry, **info} if isinstance(info, dict) else {**entry, "error": info})
+        return JSONResponse({"router": {"version": __version__, "models": list(self.config.decode)}, **body})
+
+    async def flush_cache(self, request: Request) -> Response:
+        """Flush the base's cache and every module's (under /m/<model>/ that one's), and forget the prefixes."""
+        module = self._path_module(request)
+        workers = [*self.pool.prefill, *(w for w in self.pool if w.model is not None and module in (None, w.model))]
+        workers = [worker for worker in workers if worker.lost is None and worker.was_seen]
+        answers = await self._ask_all(workers, "POST", "/flush_cache", request)
+        for worker in self.pool.prefill:
+            self.index.drop(worker.url)
+        failed = [
+            {"url": worker.url, "status": status, "message": answer}
+            for worker, (status, answer) in zip(workers, answers, strict=True)
+            if status != 200
+        ]
+        if failed or not workers:
+            status = failed[0]["status"] if failed else 503
+            return JSONResponse({"flushed": len(workers) - len(failed), "failed": failed}, status_code=status)
+        return JSONResponse({"flushed": len(workers), "failed": []})
+
+    async def _ask_first_ready(self, workers: Iterable[Worker], path: str, request: Request) -> Response:
+        workers = list(workers)
+        for worker in workers:
+            if worker.is_ready:
+                status, content_type, body = await self._ask(worker, "GET", path, request)
+                return Response(body, status_code=status, headers={"content-type": content_type})
+        names = ", ".join(f"{worker.url} is {worker.verdict.status}" for worker in workers)
+        raise HTTPException(503, f"No worker can answer {path}: {names}.")
+
+    async def _ask_all(self, workers: list[Worker], method: str, path: str, request: Request) -> list[tuple[int, Any]]:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._ask(worker, method, path, request)) for worker in workers]
+        return [(status, _parsed(body)) for status, _, body in (task.result() for task in tasks)]
+
+    async def _ask(self, worker: Worker, method: str, path: str, request: Request) -> tuple[int, str, bytes]:
+        """One worker's answer; a worker that does not answer gives 502 and the reason. The client's own credentials
+        are used: the router's would let anyone administer the workers."""
+        headers = {}
+        authorization = request.headers.get("authorization")
+        if authorization is not None:
+            headers["authorization"] = authorization
+        try:
+            async with self.session.request(
+                method,
+                worker.url + path,
+                params=dict(request.query_params),
+                headers=headers,
+                timeout=aiohttp.ClientTimeout(
+                    total=self.config.admin_timeout_s, sock_connect=self.config.connect_timeout_s
+                ),
+            ) as response:
+                body = await response.read()
+                return response.status, response.headers.get("content-type", "application/json"), body
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            message = f"The {worker.label} did not answer {path}: {str(error) or type(error).__name__}."
+            return 502, "application/json", _json.dumps(error_body(502, message, kind="worker_error"))
+
+    # -- names in paths
+
+    def _path_module(self, request: Request) -> str | None:
+        name = request.path_params.get("model")
+        return None if name is None else self._named_module(name)
+
+    def _named_module(self, name: str) -> str:
+        if name not in self.config.decode:
+            known = ", ".join(self.config.decode)
+            raise HTTPException(404, f"The model {name!r} is not served here. The decode modules are: {known}.")
+        return name
+
+
+class _Generation:
+    """One generation endpoint as an ASGI app, so that nothing stands between the client and decode's bytes."""
+
+    def __init__(self, router: Router, endpoint: Endpoint) -> None:
+        self._router = router
+        self._endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._router.generate(self._endpoint, scope, receive, send)
+
+
+def create_app(config: RouterConfig) -> Starlette:
+    """The router for `config`, as an ASGI app; its `state.router` is the `Router`."""
+    router = Router(config)
+
+    def routes(prefix: str) -> list[Route]:
+        return [
+            Route(f"{prefix}{Endpoint.CHAT}", _Generation(router, Endpoint.CHAT), methods=["POST"]),
+            Route(f"{prefix}{Endpoint.COMPLETIONS}", _Generation(router, Endpoint.COMPLETIONS), methods=["POST"]),
+            Route(f"{prefix}{Endpoint.GENERATE}", _Generation(router, Endpoint.GENERATE), methods=["POST", "PUT"]),
+            Route(f"{prefix}/v1/models", router.models),
+            Route(f"{prefix}/health", router.health),
+            Route(f"{prefix}/model_info", router.model_info),
+            Route(f"{prefix}/get_model_info", router.model_info),
+            Route(f"{prefix}/server_info", router.server_info),
+            Route(f"{prefix}/get_server_info", router.server_info),
+            Route(f"{prefix}/flush_cache", router.flush_cache, methods=["GET", "POST"]),
+        ]
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        async with router.running():
+            yield
+
+    app = Starlette(
+        routes=[
+            *routes(""),
+            Route("/v1/models/{name:path}", router.model),
+            Route("/workers", router.workers),
+            Route("/calls", router.recent_calls),
+            Route("/metrics", router.expose_metrics),
+            *routes("/m/{model:path}"),
+        ],
+        exception_handlers={HTTPException: _http_error},
+        lifespan=lifespan,
+    )
+    app.state.router = router
+    return app
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    kind = {404: "not_found_error", 503: "worker_error"}.get(error.status_code, "invalid_request_error")
+    message = error.detail
+    if error.status_code == 404 and message == "Not Found":
+        message = f"The router has no {request.url.path}."
+    return JSONResponse(
+        error_body(error.status_code, message, kind=kind), status_code=error.status_code, headers=error.headers
+    )
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return _json.loads(body)
+    except ValueError:
+        return body.decode("utf-8", "replace").strip()

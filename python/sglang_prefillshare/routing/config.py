@@ -1,0 +1,136 @@
+"""What the router is told at start: its workers, deadlines and policy, checked once and frozen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final
+from urllib.parse import urlsplit
+
+from sglang_prefillshare.errors import ConfigError
+
+_CONTROL: Final = re.compile(r"[\x00-\x20\x7f?#%]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyConfig:
+    """When a loaded prefill worker loses a request that it has the best claim to (paper §3.3, "whenever possible").
+
+    A request leaves its session's or prefix's worker only when that worker has more than `load_margin_tokens`
+    prefill tokens in flight beyond the least loaded one, and more than `load_margin_ratio` times as many.
+    A prefix counts from `min_prefix_tokens` on.
+    """
+
+    load_margin_tokens: int = 8192
+    load_margin_ratio: float = 1.5
+    min_prefix_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        if self.load_margin_tokens < 0:
+            raise ConfigError(f"load_margin_tokens is {self.load_margin_tokens}, wanted 0 or more.")
+        if self.load_margin_ratio < 1:
+            raise ConfigError(f"load_margin_ratio is {self.load_margin_ratio}, wanted 1 or more.")
+        if self.min_prefix_tokens < 1:
+            raise ConfigError(f"min_prefix_tokens is {self.min_prefix_tokens}, wanted 1 or more.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """Everything `prefillshare route` needs.
+
+    `prefill` are the base workers' URLs, `decode` maps each decode module's served name to its workers' URLs; both
+    are normalised (no trailing slash) and frozen here. Raises `ConfigError` for what cannot work.
+    """
+
+    prefill: Sequence[str]
+    decode: Mapping[str, Sequence[str]]
+    host: str = "127.0.0.1"
+    port: int = 8000
+    worker_api_key: str | None = field(default=None, repr=False)
+
+    connect_timeout_s: float = 2.0
+    poll_interval_s: float = 1.0
+    poll_timeout_s: float = 2.0
+    poll_misses_until_down: int = 3
+    request_timeout_s: float = 600.0
+    drain_timeout_s: float = 30.0
+    """How long a prefill leg may outlive the answer that its decode leg has completed."""
+    abort_timeout_s: float = 2.0
+    admin_timeout_s: float = 60.0
+    stop_grace_s: float = 5.0
+    """After SIGTERM or SIGINT, how long calls in flight may take to finish by themselves."""
+
+    max_body_bytes: int = 64 * 1024 * 1024
+    call_log_size: int = 1000
+    session_capacity: int = 65_536
+    prefix_block_bytes: int = 256
+    prefix_capacity_blocks: int = 65_536
+    """Bound of the prefix index, for each prefill worker."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prefill, str):
+            raise ConfigError(f"prefill is the string {self.prefill!r}, wanted a list of URLs.")
+        prefill = tuple(_checked_url(url, "prefill") for url in self.prefill)
+        if not prefill:
+            raise ConfigError("No prefill worker is configured. Name at least one URL of a base worker.")
+        decode: dict[str, tuple[str, ...]] = {}
+        for name, urls in self.decode.items():
+            if not name or name != name.strip() or _CONTROL.search(name):
+                raise ConfigError(
+                    f"{name!r} cannot name a decode module: it stands in URL paths (/m/<model>/...). "
+                    "Use the served model name, without blanks, '?', '#' or '%'."
+                )
+            if isinstance(urls, str):
+                raise ConfigError(f"decode module {name!r} has the string {urls!r}, wanted a list of URLs.")
+            decode[name] = tuple(_checked_url(url, f"decode module {name!r}") for url in urls)
+            if not decode[name]:
+                raise ConfigError(f"decode module {name!r} has no worker. Name at least one URL, or remove it.")
+        if not decode:
+            raise ConfigError("No decode module is configured. Name at least one, with the URL of its worker.")
+        _refuse_shared_urls(prefill, decode)
+
+        object.__setattr__(self, "prefill", prefill)
+        object.__setattr__(self, "decode", MappingProxyType(decode))
+
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port is {self.port}, wanted 0 to 65535.")
+        for name in (
+            *("connect_timeout_s", "poll_interval_s", "poll_timeout_s", "request_timeout_s"),
+            *("drain_timeout_s", "abort_timeout_s", "admin_timeout_s"),
+        ):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is {getattr(self, name)}, wanted a positive number of seconds.")
+        if not 0 <= self.stop_grace_s < float("inf"):
+            raise ConfigError(f"stop_grace_s is {self.stop_grace_s}, wanted 0 or more seconds.")
+        for name in (
+            *("poll_misses_until_down", "max_body_bytes", "call_log_size", "session_capacity"),
+            *("prefix_block_bytes", "prefix_capacity_blocks"),
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, wanted 1 or more.")
+
+
+def _checked_url(url: str, owner: str) -> str:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # raises for a port that is no number or out of range
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{owner}: {url!r} is not a URL ({error}). Write it as http://host:port.") from error
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"{owner}: {url!r} is not the URL of a worker. Write it as http://host:port.")
+    if parts.query or parts.fragment or parts.username is not None:
+        raise ConfigError(f"{owner}: {url!r} has a query, fragment or user name. Write it as http://host:port.")
+    return url.rstrip("/")
+
+
+def _refuse_shared_urls(prefill: tuple[str, ...], decode: Mapping[str, tuple[str, ...]]) -> None:
+    seen: dict[str, str] = {}
+    owned = [(url, "prefill") for url in prefill]
+    owned += [(url, f"decode module {name!r}") for name, urls in decode.items() for url in urls]
+    for url, owner in owned:
+        if url in seen:
+            raise ConfigError(f"{url} is named twice, for {seen[url]} and for {owner}. A worker has one role.")
+        seen[url] = owner

@@ -1,0 +1,102 @@
+"""Where a request goes: pure functions from a snapshot of the workers to a choice with its reason.
+
+Nothing here waits, logs or remembers, so that the same code can be tested, replayed and simulated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sglang_prefillshare.routing.config import PolicyConfig
+
+
+class Reason(StrEnum):
+    """Why a worker was chosen; each is a label of the decision counter."""
+
+    SESSION = "session"
+    PREFIX = "prefix"
+    LOAD = "load"
+    LEAST_LOADED = "least_loaded"
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSnapshot:
+    """A ready prefill worker as one request sees it; `matched_tokens` is what the prefix index expects it to hold."""
+
+    url: str
+    inflight_tokens: int
+    matched_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSnapshot:
+    """A ready decode worker of the wanted module."""
+
+    url: str
+    inflight_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """`worker` is a URL; `matched_tokens` is what the index expects it to hold, whatever the reason was."""
+
+    worker: str
+    reason: Reason
+    matched_tokens: int
+
+
+def pick_prefill(
+    workers: Sequence[PrefillSnapshot], *, session_worker: str | None, turn: int, config: PolicyConfig
+) -> Decision:
+    """Prefix-locality-aware choice of the prefill worker (paper §3.3, B.1).
+
+    The session's worker comes first (the paper's "maps a unique User ID to a specific prefill worker"), then the
+    worker with the longest known prefix. Deviation: the paper pins "whenever possible" without saying when not;
+    we leave a worker that is loaded beyond `config`'s margins for the least loaded one, because under a common
+    system prompt every prefix points at the same worker. `turn` rotates among equals.
+    """
+    assert workers, "the caller answers 503 when no prefill worker is ready"
+    least = min(worker.inflight_tokens for worker in workers)
+
+    preferred: PrefillSnapshot | None = None
+    reason = Reason.LEAST_LOADED
+    if session_worker is not None:
+        preferred = next((worker for worker in workers if worker.url == session_worker), None)
+        reason = Reason.SESSION
+    if preferred is None:
+        longest = max(worker.matched_tokens for worker in workers)
+        if longest >= config.min_prefix_tokens:
+            holders = [worker for worker in workers if worker.matched_tokens == longest]
+            preferred = _least_loaded(holders, turn)
+            reason = Reason.PREFIX
+    if preferred is None:
+        chosen = _least_loaded(workers, turn)
+        return Decision(chosen.url, Reason.LEAST_LOADED, chosen.matched_tokens)
+    if _is_overloaded(preferred.inflight_tokens, least, config):
+        chosen = _least_loaded(workers, turn)
+        return Decision(chosen.url, Reason.LOAD, chosen.matched_tokens)
+    return Decision(preferred.url, reason, preferred.matched_tokens)
+
+
+def pick_decode(workers: Sequence[DecodeSnapshot], *, turn: int) -> Decision:
+    """The module's worker with the fewest requests in flight; `turn` rotates among equals."""
+    assert workers, "the caller answers 503 when no worker of the module is ready"
+    least = min(worker.inflight_requests for worker in workers)
+    equals = [worker for worker in workers if worker.inflight_requests == least]
+    return Decision(equals[turn % len(equals)].url, Reason.LEAST_LOADED, 0)
+
+
+def _least_loaded(workers: Sequence[PrefillSnapshot], turn: int) -> PrefillSnapshot:
+    """Fewest tokens in flight; among those the longest match; among those by turn."""
+    best = min((worker.inflight_tokens, -worker.matched_tokens) for worker in workers)
+    equals = [worker for worker in workers if (worker.inflight_tokens, -worker.matched_tokens) == best]
+    return equals[turn % len(equals)]
+
+
+def _is_overloaded(inflight_tokens: int, least_tokens: int, config: PolicyConfig) -> bool:
+    return (
+        inflight_tokens - least_tokens > config.load_margin_tokens
+        and inflight_tokens > config.load_margin_ratio * least_tokens
+    )

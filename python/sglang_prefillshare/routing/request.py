@@ -1,0 +1,455 @@
+"""One client request: what it asks, the bytes of its prompt, and the bodies of its two legs. Pure functions."""
+
+from __future__ import annotations
+
+import random
+import re
+import uuid
+from array import array
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+from urllib.parse import quote
+
+from sglang_prefillshare.errors import PrefillShareError
+from sglang_prefillshare.protocol import MODULE_HEADER
+from sglang_prefillshare.routing import _json
+from sglang_prefillshare.routing.prefix_index import BYTES_PER_TOKEN, chain_hashes
+
+REQUEST_ID_HEADER: Final = "x-request-id"
+SESSION_HEADER: Final = "x-smg-routing-key"
+"""From a client: its session. SGLang's gateway and benchmark use the same header. On a prefill leg the same
+header carries the decode module's name instead (`protocol.MODULE_HEADER`)."""
+
+MAX_ROOM: Final = 2**63 - 1
+
+
+class Endpoint(StrEnum):
+    CHAT = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+    GENERATE = "/generate"
+
+
+class RequestError(PrefillShareError):
+    """A request that the router itself refuses; `status` is the HTTP answer."""
+
+    def __init__(self, status: int, message: str, *, kind: str = "invalid_request_error") -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class ClientRequest:
+    """A parsed and checked request.
+
+    `batch_size` is `None` for a single prompt, so that a batch of one stays a batch. `rids` name the prompts on
+    the workers (one for each), `public_rid` is the name the client knows. `prompts` are canonical bytes in
+    which a longer context extends a shorter one. `raw` is what the client sent, `body` its parsed form; neither
+    is changed.
+    """
+
+    endpoint: Endpoint
+    module: str
+    raw: bytes
+    body: Mapping[str, Any]
+    is_stream: bool
+    batch_size: int | None
+    prompts: tuple[bytes, ...]
+    public_rid: str
+    rids: tuple[str, ...]
+    session_key: str | None
+    is_model_overridden: bool
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Estimated, for weighing load; the prefill worker reports the true number."""
+        return sum(max(1, len(prompt) // BYTES_PER_TOKEN) for prompt in self.prompts)
+
+    def chains(self, *, block_bytes: int) -> list[list[int]]:
+        return [chain_hashes(prompt, block_bytes=block_bytes) for prompt in self.prompts]
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """What makes two legs one request: the prefill worker's bootstrap address, a room and a rid for each prompt."""
+
+    bootstrap_host: str
+    bootstrap_port: int
+    rooms: tuple[int, ...]
+    rids: tuple[str, ...]
+
+    def fields(self, batch_size: int | None) -> dict[str, Any]:
+        if batch_size is None:
+            return {
+                "bootstrap_host": self.bootstrap_host,
+                "bootstrap_port": self.bootstrap_port,
+                "bootstrap_room": self.rooms[0],
+                "rid": self.rids[0],
+            }
+        return {
+            "bootstrap_host": [self.bootstrap_host] * batch_size,
+            "bootstrap_port": [self.bootstrap_port] * batch_size,
+            "bootstrap_room": list(self.rooms),
+            "rid": list(self.rids),
+        }
+
+
+def draw_rooms(count: int) -> tuple[int, ...]:
+    """Fresh rooms, 63-bit and at least 1: some transfer backends take 0 for "no room"."""
+    return tuple(random.randint(1, MAX_ROOM) for _ in range(count))
+
+
+def parse_request(
+    endpoint: Endpoint,
+    raw: bytes,
+    *,
+    headers: Mapping[str, str],
+    modules: Collection[str],
+    path_module: str | None = None,
+) -> ClientRequest:
+    """Check what the client sent; raises `RequestError` saying what to send instead."""
+    try:
+        body = _json.loads(raw)
+    except ValueError as error:
+        raise RequestError(400, f"The request body is not JSON: {error}.") from error
+    if not isinstance(body, dict):
+        raise RequestError(400, f"The request body is a JSON {_json_kind(body)}, wanted an object.")
+
+    module = choose_module(endpoint, body, modules=modules, path_module=path_module)
+    is_stream = body.get("stream")
+    if is_stream is not None and not isinstance(is_stream, bool):
+        raise RequestError(400, f"stream is {is_stream!r}, wanted true or false.")
+    prompts, batch_size = canonical_prompts(endpoint, body)
+    _refuse_unsupported(endpoint, body)
+    public_rid, rids = _choose_rids(body, headers, batch_size)
+    return ClientRequest(
+        endpoint=endpoint,
+        module=module,
+        raw=raw,
+        body=body,
+        is_stream=bool(is_stream),
+        batch_size=batch_size,
+        prompts=prompts,
+        public_rid=public_rid,
+        rids=rids,
+        session_key=_session_key(body, headers),
+        is_model_overridden=path_module is not None and body.get("model") not in (None, module),
+    )
+
+
+def choose_module(
+    endpoint: Endpoint, body: Mapping[str, Any], *, modules: Collection[str], path_module: str | None
+) -> str:
+    """The decode module: from /m/<model>/, else `model`, else (`/generate` alone) `lora_path`, else the only one.
+
+    `lora_path` stands in because sglang.benchmark.serving has no other way to name a model on `/generate`.
+    """
+    known = ", ".join(modules)
+    if path_module is not None:
+        named: Any = path_module
+    else:
+        named = body.get("model")
+        if named is None and endpoint is Endpoint.GENERATE and body.get("lora_path") in modules:
+            named = body["lora_path"]
+    if named is None:
+        if len(modules) == 1:
+            return next(iter(modules))
+        raise RequestError(400, f'The request names no model. Set "model" to one of the decode modules: {known}.')
+    if not isinstance(named, str):
+        raise RequestError(400, f"model is a JSON {_json_kind(named)}, wanted one of the decode modules: {known}.")
+    if named not in modules:
+        raise RequestError(
+            404,
+            f"The model {named!r} is not served here. The decode modules are: {known}.",
+            kind="model_not_found",
+        )
+    return named
+
+
+# ---------------------------------------------------------------------------------------------------- prompts
+
+
+def canonical_prompts(endpoint: Endpoint, body: Mapping[str, Any]) -> tuple[tuple[bytes, ...], int | None]:
+    """Each prompt's bytes and the batch size (`None` for a single prompt).
+
+    Appending text, tokens or messages appends bytes. Token ids and text of the same prompt do not resemble each
+    other: the router has no tokenizer.
+    """
+    match endpoint:
+        case Endpoint.CHAT:
+            if body.get("input_ids") is not None:
+                return (_ids_bytes(body["input_ids"], "input_ids"),), None
+            return (_chat_bytes(body),), None
+        case Endpoint.COMPLETIONS:
+            if body.get("prompt") is None:
+                raise RequestError(400, "The request has no prompt. Send a string, token ids, or a list of either.")
+            return _text_or_ids(body["prompt"], "prompt")
+        case Endpoint.GENERATE:
+            if body.get("input_embeds") is not None:
+                raise RequestError(400, "input_embeds cannot be prefilled by the base: send text or input_ids.")
+            text, ids = body.get("text"), body.get("input_ids")
+            if text is None and ids is None:
+                raise RequestError(400, "The request has no prompt. Send text or input_ids.")
+            if text is not None and ids is not None:
+                raise RequestError(400, "The request has both text and input_ids. Send one of them.")
+            if text is not None and not isinstance(text, str | list):
+                raise RequestError(400, f"text is a JSON {_json_kind(text)}, wanted a string or a list of strings.")
+            return _text_or_ids(text, "text") if text is not None else _text_or_ids(ids, "input_ids")
+
+
+def _text_or_ids(prompt: Any, name: str) -> tuple[tuple[bytes, ...], int | None]:
+    if isinstance(prompt, str) and name != "input_ids":
+        return (_text_bytes(prompt, name),), None
+    if not isinstance(prompt, list):
+        raise RequestError(400, f"{name} is a JSON {_json_kind(prompt)}, wanted text, token ids, or a list of either.")
+    if not prompt:
+        raise RequestError(400, f"{name} is empty.")
+    first = prompt[0]
+    if isinstance(first, int) and name != "text":
+        return (_ids_bytes(prompt, name),), None
+    if isinstance(first, str) and name != "input_ids":
+        return tuple(_text_bytes(item, f"{name}[{i}]") for i, item in enumerate(prompt)), len(prompt)
+    if isinstance(first, list) and name != "text":
+        return tuple(_ids_bytes(item, f"{name}[{i}]") for i, item in enumerate(prompt)), len(prompt)
+    raise RequestError(400, f"{name}[0] is a JSON {_json_kind(first)}, which is no prompt.")
+
+
+def _text_bytes(text: Any, name: str) -> bytes:
+    if not isinstance(text, str):
+        raise RequestError(400, f"{name} is a JSON {_json_kind(text)}, wanted a string like its neighbours.")
+    if not text:
+        raise RequestError(400, f"{name} is empty.")
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _ids_bytes(ids: Any, name: str) -> bytes:
+    if not isinstance(ids, list):
+        raise RequestError(400, f"{name} is a JSON {_json_kind(ids)}, wanted a list of token ids.")
+    if not ids:
+        raise RequestError(400, f"{name} is empty.")
+    try:
+        return array("I", ids).tobytes()
+    except (TypeError, OverflowError) as error:
+        raise RequestError(400, f"{name} holds something that is no token id: {error}.") from error
+
+
+def _chat_bytes(body: Mapping[str, Any]) -> bytes:
+    messages = body.get("messages")
+    if messages is None:
+        raise RequestError(400, "The request has no messages.")
+    if not isinstance(messages, list):
+        raise RequestError(400, f"messages is a JSON {_json_kind(messages)}, wanted a list.")
+    if not messages:
+        raise RequestError(400, "messages is empty.")
+    pieces: list[bytes] = []
+    if body.get("tools"):
+        # Templates write the tools ahead of the conversation.
+        pieces.append(_json.dumps(body["tools"]) + b"\x1e")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise RequestError(400, f"messages[{i}] is a JSON {_json_kind(message)}, wanted an object.")
+        # Clients send answers back with fields such as "refusal": null; a template does not see the difference.
+        present = {key: message[key] for key in sorted(message) if message[key] is not None}
+        content = present.get("content")
+        if isinstance(content, str) and isinstance(present.get("role"), str) and len(present) == 2:
+            piece = f"{present['role']}\x1f{content}\x1e".encode("utf-8", "surrogatepass")
+        else:
+            piece = _json.dumps(present) + b"\x1e"
+        pieces.append(piece)
+    return b"".join(pieces)
+
+
+# ----------------------------------------------------------------------------------------------------- checks
+
+
+def _refuse_unsupported(endpoint: Endpoint, body: Mapping[str, Any]) -> None:
+    for name, count in _parallel_samples(endpoint, body):
+        if count is not None and count != 1:
+            # SGLang answers n > 1 by warming the prompt up and then sampling n times, all in one room: it hangs.
+            raise RequestError(
+                400,
+                f"{name} is {count!r}, and a handoff serves one sample. Send the request {name.rpartition('.')[2]} "
+                "times: the base prefills the shared prompt once.",
+            )
+    if endpoint is Endpoint.GENERATE and _any_true(body.get("return_logprob")):
+        start = body.get("logprob_start_len")
+        starts = start if isinstance(start, list) else [start]
+        if any(value not in (None, -1) for value in starts):
+            raise RequestError(
+                400,
+                f"logprob_start_len is {start!r}: log-probabilities of the prompt would be the base's, not the decode "
+                "module's. Leave it out (or -1) for those of the answer. (`select()` of SGLang's frontend needs them.)",
+            )
+    if endpoint is Endpoint.COMPLETIONS and body.get("echo") and body.get("logprobs") is not None:
+        raise RequestError(
+            400,
+            "echo with logprobs asks for log-probabilities of the prompt, which would be the base's, not the decode "
+            "module's. Send one of them.",
+        )
+
+
+def _parallel_samples(endpoint: Endpoint, body: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    if endpoint is not Endpoint.GENERATE:
+        return [("n", body.get("n"))]
+    params = body.get("sampling_params")
+    items = params if isinstance(params, list) else [params]
+    return [("sampling_params.n", item.get("n")) for item in items if isinstance(item, dict)]
+
+
+def _any_true(value: Any) -> bool:
+    return any(value) if isinstance(value, list) else bool(value)
+
+
+def _choose_rids(
+    body: Mapping[str, Any], headers: Mapping[str, str], batch_size: int | None
+) -> tuple[str, tuple[str, ...]]:
+    """The name the client knows, and one for each prompt on the workers.
+
+    A body's rid is taken as it is. One derived from X-Request-Id gets a random tail, since clients reuse that
+    header across a session's calls while SGLang refuses a rid that is in flight, and aborts by rid *prefix*.
+    """
+    rid = body.get("rid")
+    if rid is None:
+        request_id = headers.get(REQUEST_ID_HEADER)
+        fresh = uuid.uuid4().hex
+        public = request_id if request_id else fresh
+        stem = f"{request_id[:128]}-{fresh[:12]}" if request_id else fresh
+    elif isinstance(rid, str) and rid:
+        public = stem = rid
+    elif isinstance(rid, list) and rid and all(isinstance(item, str) and item for item in rid):
+        if batch_size is None or len(rid) != batch_size or len(set(rid)) != batch_size:
+            wanted = "a string" if batch_size is None else f"{batch_size} different ones"
+            raise RequestError(400, f"rid lists {len(rid)} request ids, wanted {wanted}.")
+        return rid[0], tuple(rid)
+    else:
+        raise RequestError(400, f"rid is {rid!r}, wanted a non-empty string, or for a batch a list of such strings.")
+    if batch_size is None:
+        return public, (stem,)
+    return public, tuple(f"{stem}_{i}" for i in range(batch_size))
+
+
+def _session_key(body: Mapping[str, Any], headers: Mapping[str, str]) -> str | None:
+    """X-SMG-Routing-Key, else `user`: the paper's user id (B.1)."""
+    key = headers.get(SESSION_HEADER)
+    if key:
+        return key
+    user = body.get("user")
+    return user if isinstance(user, str) and user else None
+
+
+def _json_kind(value: Any) -> str:
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "boolean"
+        case int() | float():
+            return "number"
+        case str():
+            return "string"
+        case list():
+            return "array"
+        case _:
+            return "object"
+
+
+# ------------------------------------------------------------------------------------------------------- legs
+
+
+def _words(*lines: str) -> frozenset[str]:
+    return frozenset(" ".join(lines).split())
+
+
+_SAMPLING_ONLY: Final = _words(
+    # what the answer should be like
+    "temperature top_p top_k min_p min_tokens max_tokens max_completion_tokens presence_penalty frequency_penalty "
+    "repetition_penalty seed n best_of logit_bias stop stop_token_ids stop_regex no_stop_trim ignore_eos "
+    "response_format json_schema regex ebnf custom_logit_processor custom_params watermark sampling_params "
+    "require_reasoning max_thinking_tokens",
+    # what the answer should carry
+    "stream stream_options echo logprobs top_logprobs return_logprob logprob_start_len top_logprobs_num "
+    "token_ids_logprob return_text_in_logprobs return_flat_raw_top_logprobs return_flat_raw_output_top_logprobs "
+    "return_flat_raw_top_logprobs_b64 return_sampling_mask sampling_logprobs_mode return_hidden_states "
+    "return_routed_experts routed_experts_start_len return_indexer_topk return_entropy return_bytes "
+    "return_cached_tokens_details return_spec_tokens_details return_token_ids return_prompt_token_ids "
+    "return_meta_info return_input_ids_in_sglext return_output_ids_in_sglext",
+    # which weights answer
+    "lora_path lora_id",
+)
+"""Fields of SGLang 0.5.23's OpenAI and /generate requests that do not shape the prompt's tokens. Everything
+else goes to the base as it is: messages, tools, tool_choice, chat_template_kwargs, reasoning_effort, cache_salt
+and whatever a later version adds, since two legs that tokenize differently are refused (contract 8)."""
+
+_GREEDY_SINGLE: Final = {"max_new_tokens": 1, "temperature": 0.0}
+
+
+def prefill_leg_body(request: ClientRequest, *, base_model: str, pairing: Pairing) -> bytes:
+    """The base's copy: the same prompt, no sampling, not streamed, accounted to the decode module.
+
+    SGLang's prefill worker caps every request at one token; naming that here keeps a long `max_tokens` from
+    being checked against the base's context length.
+    """
+    body = {key: value for key, value in request.body.items() if key not in _SAMPLING_ONLY}
+    body["stream"] = False
+    if request.endpoint is Endpoint.GENERATE:
+        body.pop("model", None)
+        body["sampling_params"] = _GREEDY_SINGLE
+        body["routing_key"] = request.module
+    else:
+        body["model"] = base_model
+        body["max_tokens"] = 1
+        body["temperature"] = 0.0
+    body.update(pairing.fields(request.batch_size))
+    return _json.dumps(body)
+
+
+def decode_leg_body(request: ClientRequest, *, pairing: Pairing) -> bytes:
+    """The decode module's copy: what the client sent, and the pairing.
+
+    The client's bytes are kept and extended where nothing has to be replaced. A `lora_path` that only repeats the
+    module's name is removed: SGLang's benchmark sends the model's name in both fields.
+    """
+    added = pairing.fields(request.batch_size)
+    replaces_lora = request.body.get("lora_path") == request.module
+    if request.is_model_overridden or replaces_lora or not added.keys().isdisjoint(request.body):
+        body = {**request.body, **added}
+        if replaces_lora:
+            del body["lora_path"]
+        if request.is_model_overridden:
+            body["model"] = request.module
+        return _json.dumps(body)
+    return request.raw[: request.raw.rindex(b"}")] + b"," + _json.dumps(added)[1:]
+
+
+HOP_BY_HOP: Final = _words(
+    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer transfer-encoding upgrade"
+)
+_NOT_FORWARDED: Final = HOP_BY_HOP | _words("host content-length content-type content-encoding expect accept-encoding")
+_CONNECTION_TOKENS: Final = re.compile(r"[^,\s]+")
+
+
+def header_safe(value: str) -> str:
+    """`value` as a header may carry it: a client's rid may hold line breaks, or letters beyond ASCII."""
+    return value if value.isascii() and value.isprintable() else quote(value, errors="replace")
+
+
+def forwarded_headers(headers: Sequence[tuple[str, str]], *, request_id: str) -> list[tuple[str, str]]:
+    """The client's end-to-end headers (Authorization, X-Request-Id, tracing, ...) for both legs."""
+    dropped = set(_NOT_FORWARDED)
+    for name, value in headers:
+        if name == "connection":
+            dropped.update(_CONNECTION_TOKENS.findall(value.lower()))
+    kept = [(name, value) for name, value in headers if name not in dropped]
+    if not any(name == REQUEST_ID_HEADER for name, _ in kept):
+        kept.append((REQUEST_ID_HEADER, request_id))
+    kept.append(("content-type", "application/json"))
+    return kept
+
+
+def prefill_leg_headers(forwarded: Sequence[tuple[str, str]], *, module: str) -> list[tuple[str, str]]:
+    """`forwarded`, with the client's session key replaced by the module that the prompt is prefilled for."""
+    kept = [(name, value) for name, value in forwarded if name not in (SESSION_HEADER, MODULE_HEADER)]
+    return [*kept, (MODULE_HEADER, module)]

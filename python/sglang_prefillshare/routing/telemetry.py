@@ -1,0 +1,132 @@
+"""What the router remembers and counts about its calls: Prometheus metrics and the recent-call log."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+
+class Outcome(StrEnum):
+    """How a call ended; a label of the request counter."""
+
+    OK = "ok"
+    REJECTED = "rejected"  # by the router: the request itself
+    UNAVAILABLE = "unavailable"  # a worker that the call needs is missing or was lost
+    WORKER_REFUSED = "worker_refused"  # a worker answered 4xx
+    WORKER_FAILED = "worker_failed"  # a worker answered 5xx, or its connection broke
+    DISCONNECTED = "disconnected"  # the client left
+    TIMEOUT = "timeout"
+    CANCELLED = "cancelled"  # the router was made to stop at once
+    INTERNAL = "internal"  # a bug of ours
+
+
+@dataclass(frozen=True, slots=True)
+class CallRecord:
+    """One finished call. Times in milliseconds; what was never measured is `None`.
+
+    The token counts come from the prefill worker: what the base had to hold, what it found, and what of that
+    was first computed for another decode module. `rid` is the client's name of the call, `worker_rids` the
+    workers'.
+    """
+
+    rid: str
+    worker_rids: tuple[str, ...]
+    model: str
+    endpoint: str
+    prefill_worker: str | None
+    decode_worker: str | None
+    decision: str | None
+    matched_tokens: int | None
+    attempts: int
+    prefill_tokens: int | None
+    cached_tokens: int | None
+    cross_model_cached_tokens: int | None
+    overhead_ms: float | None
+    ttft_ms: float | None
+    e2e_ms: float
+    status: int | None
+    outcome: Outcome
+    error: str | None
+    started_at: float
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+class CallLog:
+    """The last calls, oldest first, bounded."""
+
+    def __init__(self, *, size: int) -> None:
+        self._records: deque[CallRecord] = deque(maxlen=size)
+
+    def add(self, record: CallRecord) -> None:
+        self._records.append(record)
+
+    def find(self, *, rid: str | None = None, limit: int | None = None) -> list[CallRecord]:
+        records = [r for r in self._records if rid is None or rid == r.rid or rid in r.worker_rids]
+        return records if limit is None else records[max(0, len(records) - limit) :]
+
+
+_LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
+_OVERHEAD_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
+
+
+class Metrics:
+    """The router's counters, in a registry of its own so that several routers can live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"prefillshare_router_{name}", text, labels, registry=self.registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(f"prefillshare_router_{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"prefillshare_router_{name}", text, ("model",), buckets=buckets, registry=self.registry)
+
+        self.requests = counter("requests", "Finished calls.", "model", "endpoint", "outcome")
+        self.inflight = gauge("inflight_requests", "Calls in flight.", "model")
+        self.prefill_tokens = counter("prefill_tokens", "Prompt tokens that the base had to hold.", "model")
+        self.cached_tokens = counter("cached_tokens", "Prompt tokens whose base KV was already there.", "model")
+        self.cross_model_cached_tokens = counter(
+            "cross_model_cached_tokens", "Cached tokens first computed for another decode module.", "model"
+        )
+        self.decisions = counter("decisions", "Choices of a worker, by reason.", "role", "reason")
+        self.legs_aborted = counter("legs_aborted", "Legs ended before their answer was complete.", "role", "cause")
+        self.abort_failures = counter("abort_failures", "Abort messages that no worker confirmed.", "role")
+        self.retries = counter("retries", "Calls tried again after a refused connection.", "role")
+        self.worker_ready = gauge("worker_ready", "1 if the worker takes requests.", "role", "model", "worker")
+        self.worker_inflight = gauge("worker_inflight_legs", "Legs in flight.", "role", "model", "worker")
+        self.worker_inflight_tokens = gauge(
+            "worker_inflight_prefill_tokens", "Estimated prompt tokens of prefill legs in flight.", "worker"
+        )
+        self.ttft_s = histogram("ttft_seconds", "Request in to first streamed byte of decode.", _LATENCY_BUCKETS_S)
+        self.e2e_s = histogram("e2e_seconds", "Request in to last byte out, if it ended ok.", _LATENCY_BUCKETS_S)
+        self.overhead_s = histogram("overhead_seconds", "Request body in to both legs sent off.", _OVERHEAD_BUCKETS_S)
+
+    def observe(self, record: CallRecord) -> None:
+        """Count one finished call."""
+        self.requests.labels(record.model, record.endpoint, record.outcome).inc()
+        if record.prefill_tokens is not None:
+            self.prefill_tokens.labels(record.model).inc(record.prefill_tokens)
+        if record.cached_tokens is not None:
+            self.cached_tokens.labels(record.model).inc(record.cached_tokens)
+        if record.cross_model_cached_tokens is not None:
+            self.cross_model_cached_tokens.labels(record.model).inc(record.cross_model_cached_tokens)
+        if record.overhead_ms is not None:
+            self.overhead_s.labels(record.model).observe(record.overhead_ms / 1000)
+        if record.ttft_ms is not None:
+            self.ttft_s.labels(record.model).observe(record.ttft_ms / 1000)
+        if record.outcome is Outcome.OK:
+            self.e2e_s.labels(record.model).observe(record.e2e_ms / 1000)
+
+    def exposition(self) -> tuple[bytes, str]:
+        return generate_latest(self.registry), CONTENT_TYPE_LATEST

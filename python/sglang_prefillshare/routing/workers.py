@@ -1,0 +1,358 @@
+"""The workers the router may use: what they say of themselves, whether they fit, and the legs they carry.
+
+`judge` decides (pure); `WorkerPool` asks them once a poll interval and keeps the verdicts. A worker takes requests
+only while it fits: a process that comes back with another base is refused at the next poll (contract 4).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from sglang_prefillshare.errors import WorkerError
+from sglang_prefillshare.protocol import BOUNDARY_RULE, WORKER_INFO_PATH, Role, WorkerInfo
+from sglang_prefillshare.routing.config import RouterConfig
+from sglang_prefillshare.routing.policy import DecodeSnapshot, PrefillSnapshot
+from sglang_prefillshare.routing.prefix_index import PrefixIndex
+
+logger = logging.getLogger(__name__)
+
+
+class Status(StrEnum):
+    """`STARTING`: never reached yet. `REFUSED`: reachable, but does not fit. `DOWN`: was reachable."""
+
+    STARTING = "starting"
+    READY = "ready"
+    REFUSED = "refused"
+    DOWN = "down"
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What is known of one worker when it is judged; `info` is `None` while it is not reachable."""
+
+    url: str
+    role: Role
+    model: str | None
+    info: WorkerInfo | None
+    problem: str | None
+    """Why a reachable worker gave no `info`."""
+    lost: str | None
+    """Why it is not reachable (any more)."""
+    was_seen: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    status: Status
+    reason: str | None
+
+
+def judge(workers: Sequence[Observation], *, incumbent: str | None) -> tuple[str | None, dict[str, Verdict]]:
+    """The reference base and a verdict for each worker by URL.
+
+    The reference is the fingerprint that most fitting prefill workers have; among equals the `incumbent` (the last
+    reference), then the one configured first. It outlives its last prefill worker, so that decode workers keep
+    their verdict while prefill restarts.
+    """
+    verdicts: dict[str, Verdict] = {}
+    prefill_infos: list[WorkerInfo] = []
+    for worker in workers:
+        misfit = _own_misfit(worker)
+        if misfit is not None:
+            verdicts[worker.url] = misfit
+        elif worker.role is Role.PREFILL:
+            assert worker.info is not None
+            prefill_infos.append(worker.info)
+
+    votes = Counter(info.base_fingerprint for info in prefill_infos)
+    reference = incumbent
+    if votes:
+        most = max(votes.values())
+        leaders = [fingerprint for fingerprint, count in votes.items() if count == most]
+        reference = incumbent if incumbent in leaders else leaders[0]
+    backend = next((info.transfer_backend for info in prefill_infos if info.base_fingerprint == reference), None)
+
+    for worker in workers:
+        if worker.url not in verdicts:
+            assert worker.info is not None
+            verdicts[worker.url] = _base_verdict(worker.info, reference=reference, backend=backend)
+    return reference, verdicts
+
+
+def _own_misfit(worker: Observation) -> Verdict | None:
+    if worker.lost is not None or (worker.info is None and worker.problem is None):
+        return Verdict(Status.DOWN if worker.was_seen else Status.STARTING, worker.lost or "not reached yet")
+    if worker.info is None:
+        return Verdict(Status.REFUSED, worker.problem)
+    info = worker.info
+    if not isinstance(info.base_fingerprint, str):
+        return Verdict(Status.REFUSED, f"its base_fingerprint is {info.base_fingerprint!r}, wanted a string")
+    if info.role is not worker.role:
+        return Verdict(Status.REFUSED, f"its role is {info.role}, and it is configured as {worker.role}")
+    if info.boundary != BOUNDARY_RULE:
+        return Verdict(
+            Status.REFUSED,
+            f"its prompt boundary is {info.boundary!r}, and this router's is {BOUNDARY_RULE!r}: "
+            "run the same sglang-prefillshare version everywhere",
+        )
+    if worker.role is Role.PREFILL and not isinstance(info.bootstrap_port, int):
+        return Verdict(Status.REFUSED, f"its bootstrap_port is {info.bootstrap_port!r}, and decode needs a port")
+    if worker.role is Role.DECODE and info.model != worker.model:
+        return Verdict(
+            Status.REFUSED,
+            f"it serves the model {info.model!r}, and it is configured for {worker.model!r}: "
+            "start it with that --served-model-name, or correct the router's configuration",
+        )
+    return None
+
+
+def _base_verdict(info: WorkerInfo, *, reference: str | None, backend: str | None) -> Verdict:
+    if reference is None:
+        return Verdict(Status.STARTING, "no prefill worker has named its base yet")
+    if info.base_fingerprint != reference:
+        what = "prefills for" if info.role is Role.PREFILL else "reads the KV of"
+        return Verdict(
+            Status.REFUSED,
+            f"it {what} the base {info.base_fingerprint}, and the prefill pool holds {reference}: "
+            "start it with the same base",
+        )
+    if backend is not None and info.transfer_backend != backend:
+        return Verdict(
+            Status.REFUSED,
+            f"its transfer backend is {info.transfer_backend!r}, and the prefill pool's is {backend!r}",
+        )
+    return Verdict(Status.READY, None)
+
+
+class Leg:
+    """One half of a request on its worker. `dispatch` counts it from the moment its worker is chosen, so that requests
+    that arrive together see each other; `fail` ends it from outside."""
+
+    __slots__ = ("is_complete", "lost_reason", "task", "tokens")
+
+    def __init__(self, *, tokens: int) -> None:
+        self.tokens = tokens
+        self.task: asyncio.Task[Any] | None = None  # set when the leg starts
+        self.is_complete = False  # the worker has nothing left to abort
+        self.lost_reason: str | None = None
+
+    def fail(self, reason: str) -> None:
+        if self.lost_reason is None:
+            self.lost_reason = reason
+            if self.task is not None:
+                self.task.cancel()
+
+
+@dataclass(slots=True, eq=False)
+class Worker:
+    """One configured worker: its last description, verdict, and load. `model` is `None` for prefill."""
+
+    url: str
+    role: Role
+    model: str | None
+    info: WorkerInfo | None = None
+    problem: str | None = None
+    lost: str | None = None
+    was_seen: bool = False
+    misses: int = 0
+    verdict: Verdict = Verdict(Status.STARTING, "not reached yet")
+    legs: set[Leg] = field(default_factory=set)
+    inflight_tokens: int = 0
+
+    @property
+    def is_ready(self) -> bool:
+        return self.verdict.status is Status.READY
+
+    @property
+    def label(self) -> str:
+        return f"prefill worker {self.url}" if self.role is Role.PREFILL else f"worker {self.url} of {self.model!r}"
+
+    @property
+    def bootstrap(self) -> tuple[str, int]:
+        """Where decode workers meet this prefill worker. Only for a ready one."""
+        assert self.info is not None and self.info.bootstrap_port is not None
+        host = urlsplit(self.url).hostname
+        assert host is not None
+        return (f"[{host}]" if ":" in host else host), self.info.bootstrap_port
+
+    def begin(self, leg: Leg) -> None:
+        self.legs.add(leg)
+        self.inflight_tokens += leg.tokens
+
+    def end(self, leg: Leg) -> None:
+        """Uncount a leg; doing it again changes nothing."""
+        if leg in self.legs:
+            self.legs.remove(leg)
+            self.inflight_tokens -= leg.tokens
+
+    def observation(self) -> Observation:
+        return Observation(
+            url=self.url,
+            role=self.role,
+            model=self.model,
+            info=self.info,
+            problem=self.problem,
+            lost=self.lost,
+            was_seen=self.was_seen,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "url": self.url,
+            "role": self.role,
+            "model": self.model if self.model is not None else (self.info.model if self.info else None),
+            "status": self.verdict.status,
+            "reason": self.verdict.reason,
+            "inflight_requests": len(self.legs),
+            "inflight_prefill_tokens": self.inflight_tokens if self.role is Role.PREFILL else None,
+            "missed_polls": self.misses,
+            "info": self.info.to_json() if self.info else None,
+        }
+
+
+class WorkerPool:
+    """Every configured worker with its current verdict.
+
+    `poll_forever` keeps the verdicts fresh. When a worker goes down, the legs on it are failed, and what the
+    prefix index knew of it is forgotten.
+    """
+
+    def __init__(self, config: RouterConfig, *, index: PrefixIndex) -> None:
+        self._config = config
+        self._index = index
+        self.reference: str | None = None
+        self.prefill = [Worker(url, Role.PREFILL, None) for url in config.prefill]
+        self.decode: Mapping[str, list[Worker]] = {
+            name: [Worker(url, Role.DECODE, name) for url in urls] for name, urls in config.decode.items()
+        }
+        self._by_url = {worker.url: worker for worker in self}
+
+    def __iter__(self) -> Iterator[Worker]:
+        yield from self.prefill
+        for workers in self.decode.values():
+            yield from workers
+
+    def __getitem__(self, url: str) -> Worker:
+        return self._by_url[url]
+
+    @property
+    def leg_count(self) -> int:
+        return sum(len(worker.legs) for worker in self)
+
+    # -- snapshots for the policy
+
+    def prefill_snapshots(self, chains: Sequence[Sequence[int]], *, block_tokens: int) -> list[PrefillSnapshot]:
+        """The ready prefill workers, with what the index expects each to hold of all of a request's prompts."""
+        return [
+            PrefillSnapshot(
+                worker.url,
+                worker.inflight_tokens,
+                sum(self._index.match(worker.url, chain) for chain in chains) * block_tokens,
+            )
+            for worker in self.prefill
+            if worker.is_ready
+        ]
+
+    def decode_snapshots(self, module: str) -> list[DecodeSnapshot]:
+        return [DecodeSnapshot(w.url, len(w.legs)) for w in self.decode[module] if w.is_ready]
+
+    def missing(self, modules: Sequence[str] | None = None) -> list[str]:
+        """What keeps requests for `modules` (default: all) from being served, in words; empty if nothing."""
+        lines: list[str] = []
+        if not any(worker.is_ready for worker in self.prefill):
+            lines.append(f"no prefill worker is ready: {_reasons(self.prefill)}")
+        for name in modules if modules is not None else self.decode:
+            workers = self.decode[name]
+            if not any(worker.is_ready for worker in workers):
+                lines.append(f"no worker of the decode module {name!r} is ready: {_reasons(workers)}")
+        return lines
+
+    # -- polling
+
+    async def poll_forever(self, worker: Worker, session: aiohttp.ClientSession) -> None:
+        while True:
+            await self.poll(worker, session)
+            await asyncio.sleep(self._config.poll_interval_s)
+
+    async def poll(self, worker: Worker, session: aiohttp.ClientSession) -> None:
+        """Ask one worker for its description and judge all anew."""
+        headers = {}
+        if self._config.worker_api_key is not None:
+            headers["Authorization"] = f"Bearer {self._config.worker_api_key}"
+        timeout = aiohttp.ClientTimeout(total=self._config.poll_timeout_s)
+        info: WorkerInfo | None = None
+        problem: str | None = None
+        try:
+            async with session.get(worker.url + WORKER_INFO_PATH, headers=headers, timeout=timeout) as response:
+                status = response.status
+                if status == HTTPStatus.OK:
+                    info = WorkerInfo.from_json(await response.json(content_type=None), source=worker.url)
+                elif status == HTTPStatus.NOT_FOUND:
+                    problem = f"it has no {WORKER_INFO_PATH}: start it with a PrefillShare role"
+                elif status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+                    problem = f"it answered {status} at {WORKER_INFO_PATH}: give the router the workers' API key"
+                else:
+                    self._missed(worker, f"answered {status} at {WORKER_INFO_PATH}")
+                    return
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            self._missed(worker, f"does not answer: {str(error) or type(error).__name__}")
+            return
+        except WorkerError as error:
+            problem = str(error)
+        except ValueError as error:
+            problem = f"its answer at {WORKER_INFO_PATH} is not JSON: {error}"
+        if worker.was_seen and (worker.lost is not None or info != worker.info):
+            # It restarted, or its weights changed: whatever KV it held is gone.
+            self._index.drop(worker.url)
+        worker.info, worker.problem, worker.lost = info, problem, None
+        worker.was_seen = True
+        worker.misses = 0
+        self._judge_all()
+
+    def connection_refused(self, worker: Worker) -> None:
+        """A leg found nobody listening: send nothing more there until a poll succeeds.
+
+        Legs already on it are left alone, since a server that stops gracefully closes its door first; the polls
+        fail them if it is really gone.
+        """
+        worker.lost = "refused a connection"
+        self._judge_all()
+
+    def _missed(self, worker: Worker, why: str) -> None:
+        worker.misses += 1
+        if worker.misses >= self._config.poll_misses_until_down or not worker.was_seen:
+            worker.lost = why
+        self._judge_all()
+        if worker.misses >= self._config.poll_misses_until_down:
+            for leg in list(worker.legs):
+                leg.fail(f"The {worker.label} went down: {why}.")
+
+    def _judge_all(self) -> None:
+        self.reference, verdicts = judge([worker.observation() for worker in self], incumbent=self.reference)
+        for worker in self:
+            verdict = verdicts[worker.url]
+            if verdict == worker.verdict:
+                continue
+            was = worker.verdict.status
+            worker.verdict = verdict
+            if verdict.status is not was:
+                level = logging.INFO if verdict.status in (Status.READY, Status.STARTING) else logging.WARNING
+                logger.log(level, "%s: %s -> %s%s", worker.label, was, verdict.status, _because(verdict.reason))
+
+
+def _because(reason: str | None) -> str:
+    return f" ({reason})" if reason else ""
+
+
+def _reasons(workers: Sequence[Worker]) -> str:
+    return "; ".join(f"{worker.url} is {worker.verdict.status}{_because(worker.verdict.reason)}" for worker in workers)

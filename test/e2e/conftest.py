@@ -1,0 +1,50 @@
+"""The servers that end-to-end tests share: started once, on real SGLang, with tiny models in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sglang_prefillshare.deployment import Deployment
+from test.support.models import make_base, make_decode_module, make_equal_module
+from test.support.servers import deploy, launch_server, topology
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """A base; three modules with other weights that were "trained" on it; one that has the base's own weights."""
+
+    base: Path
+    planner: Path
+    coder: Path
+    twin: Path
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folder = tmp_path_factory.mktemp("models")
+    base = make_base(folder / "base", "llama", tied=False, seed=1)
+    return Models(
+        base=base,
+        planner=make_decode_module(folder / "planner", base, seed=2),
+        coder=make_decode_module(folder / "coder", base, seed=3),
+        twin=make_equal_module(folder / "twin", base),
+    )
+
+
+@pytest.fixture(scope="session")
+def deployment(models: Models) -> Iterator[Deployment]:
+    """Base, planner, coder, twin and router, over the default backend."""
+    modules = {"planner": models.planner, "coder": models.coder, "twin": models.twin}
+    with deploy(topology(models.base, modules)) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def plain_server(models: Models) -> Iterator[str]:
+    """The base on an ordinary SGLang server: what the twin must be equal to."""
+    with launch_server(models.base) as url:
+        yield url

@@ -1,0 +1,149 @@
+"""Real servers for tests: topologies of tiny models, a plain SGLang server beside them, and clients that make a pair."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from sglang_prefillshare.config import DecodeModule, RouterSettings, Topology, WorkerSettings
+from sglang_prefillshare.deployment import Deployment, DeploymentOptions, PortBlocks, Worker
+from sglang_prefillshare.process import SupervisedProcess, StopGrace
+
+FLOAT32: Mapping[str, Any] = {"dtype": "float32", "max-total-tokens": 32768}
+GRACE = StopGrace(interrupt_s=3.0, terminate_s=2.0)
+REQUEST_TIMEOUT_S = 90.0
+
+
+def topology(
+    base: Path, modules: Mapping[str, Path], *, args: Mapping[str, Any] | None = None, **decode_args: Any
+) -> Topology:
+    """One base and one worker per decode module, float32; `args` go to every worker, `decode_args` to decode only."""
+    common = {**FLOAT32, **(args or {})}
+    decode = {name.replace("_", "-"): value for name, value in decode_args.items()}
+    return Topology(
+        base=WorkerSettings(str(base), args=common),
+        decode=tuple(
+            DecodeModule(name, WorkerSettings(str(path), args={**common, **decode})) for name, path in modules.items()
+        ),
+        router=RouterSettings(),
+    )
+
+
+def deploy(described: Topology) -> Deployment:
+    return Deployment(described, options=DeploymentOptions(ready_timeout_s=240.0, grace=GRACE))
+
+
+@contextmanager
+def launch_server(model: Path, args: Sequence[str] = (), env: Mapping[str, str] | None = None) -> Iterator[str]:
+    """A plain `python -m sglang.launch_server`; yields its URL when it answers `/health`."""
+    ports = PortBlocks()
+    port = ports.take()
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--host", "127.0.0.1"]
+    command += ["--port", str(port), "--dtype", "float32", "--max-total-tokens", "32768", *args]
+    ended = threading.Event()
+    process = SupervisedProcess(
+        "server",
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        on_line=lambda _line: None,
+        on_exit=lambda _status: ended.set(),
+        grace=GRACE,
+    )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 240.0
+        while not answers(f"{url}/health"):
+            if ended.is_set() or time.monotonic() > deadline:
+                raise AssertionError("the server did not become ready:\n" + "\n".join(process.tail(30)))
+            time.sleep(0.5)
+        yield url
+    finally:
+        process.stop()
+        process.wait(GRACE.total_s + 10.0)
+        ports.release()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One HTTP answer: status, headers, and its JSON or text."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: Any
+
+    @property
+    def token_ids(self) -> list[int]:
+        assert self.status == 200, self
+        return list(self.body["output_ids"])
+
+
+def session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S))
+
+
+async def post(client: aiohttp.ClientSession, url: str, body: Mapping[str, Any], **headers: str) -> Answer:
+    async with client.post(url, json=dict(body), headers=headers) as response:
+        is_json = response.content_type == "application/json"
+        return Answer(response.status, response.headers, await (response.json() if is_json else response.text()))
+
+
+def pairing(prefill: Worker) -> dict[str, Any]:
+    """The fields that make two legs a pair."""
+    port = prefill.plan.bootstrap_port
+    return {"bootstrap_host": "127.0.0.1", "bootstrap_port": port, "bootstrap_room": random.getrandbits(62) + 1}
+
+
+async def post_pair(
+    client: aiohttp.ClientSession, prefill: Worker, decode: Worker, path: str, body: Mapping[str, Any]
+) -> tuple[Answer, Answer]:
+    """What a client does without our router: both legs at once; (prefill's answer, decode's answer)."""
+    legs = {**body, **pairing(prefill)}
+    both = await asyncio.gather(
+        post(client, prefill.url + path, {**legs, "stream": False}), post(client, decode.url + path, legs)
+    )
+    return both[0], both[1]
+
+
+def greedy(prompt: Sequence[int], max_new_tokens: int, **more: Any) -> dict[str, Any]:
+    """A `/generate` body that asks for exactly `max_new_tokens` greedy tokens."""
+    sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
+    return {"input_ids": list(prompt), "sampling_params": sampling, **more}
+
+
+async def used_tokens(client: aiohttp.ClientSession, worker: Worker) -> tuple[int, int]:
+    """(KV tokens held by requests, requests in any queue) of a worker right now."""
+    async with client.get(f"{worker.url}/v1/loads") as response:
+        load = (await response.json())["loads"][0]
+    queued = sum(value for name, value in load["disaggregation"].items() if name.endswith("_reqs"))
+    return load["num_used_tokens"], load["num_running_reqs"] + load["num_waiting_reqs"] + queued
+
+
+async def until_idle(client: aiohttp.ClientSession, workers: Sequence[Worker], *, timeout_s: float = 20.0) -> None:
+    """Wait until no worker holds KV or requests; fail with what is left if that takes too long."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        left = {worker.name: await used_tokens(client, worker) for worker in workers}
+        if all(held == (0, 0) for held in left.values()):
+            return
+        assert time.monotonic() < deadline, f"after {timeout_s} s still held (KV tokens, requests): {left}"
+        await asyncio.sleep(0.2)

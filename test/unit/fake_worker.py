@@ -1,0 +1,94 @@
+"""A process that answers like an SGLang worker or our router, as well or as badly as `--fake` says.
+
+Takes the flags that a real one gets and ignores them, but for host, port and:
+  --fake dies-at-start | dies-later | never-ready | ignores-signals | forks     (may be given several)
+  --fake-ready-after SECONDS
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from sglang_prefillshare import __version__
+from sglang_prefillshare.protocol import BOUNDARY_RULE, Role, WorkerInfo
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--served-model-name", default="router")
+    parser.add_argument("--prefill-share-role", default="prefill")
+    parser.add_argument("--disaggregation-bootstrap-port", type=int)
+    parser.add_argument("--fake", nargs="*", default=[])
+    parser.add_argument("--fake-ready-after", type=float, default=0.0)
+    args, _ = parser.parse_known_args()
+    fakes = set(args.fake)
+
+    print(f"loading {args.served_model_name}", flush=True)
+    if "dies-at-start" in fakes:
+        print("ERROR: weights are missing", file=sys.stderr, flush=True)
+        sys.exit(3)
+    if "ignores-signals" in fakes:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: print(f"ignoring {number}", flush=True))
+    else:
+        signal.signal(signal.SIGINT, _leave)
+    if "forks" in fakes:
+        sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+        subprocess.Popen(sleep)
+        subprocess.Popen(sleep, start_new_session=True)
+        # One that our process group does not know and whose parent is gone.
+        subprocess.run(["sh", "-c", "setsid sleep 600 & "], check=True)
+    if "dies-later" in fakes:
+        threading.Timer(0.8, lambda: os._exit(4)).start()
+
+    ready_at = float("inf") if "never-ready" in fakes else time.monotonic() + args.fake_ready_after
+    info = WorkerInfo(
+        role=Role(args.prefill_share_role),
+        model=args.served_model_name,
+        base_fingerprint="fake",
+        boundary=BOUNDARY_RULE,
+        trained=True,
+        transfer_backend="fake",
+        page_size=1,
+        kv_dtype="bfloat16",
+        max_total_tokens=1000,
+        max_running_requests=8,
+        context_length=1000,
+        bootstrap_port=args.disaggregation_bootstrap_port,
+        version=__version__,
+    )
+    body = json.dumps(info.to_json()).encode()
+    ThreadingHTTPServer((args.host, args.port), _handler(ready_at, body)).serve_forever()
+
+
+def _leave(number: int, _: object) -> None:
+    print(f"leaving on {signal.Signals(number).name}", flush=True)
+    os._exit(0)
+
+
+def _handler(ready_at: float, body: bytes) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            is_ready = time.monotonic() >= ready_at
+            self.send_response(200 if is_ready else 503)
+            self.send_header("content-length", str(len(body) if is_ready else 0))
+            self.end_headers()
+            self.wfile.write(body if is_ready else b"")
+
+        def log_message(self, format: str, *args: object) -> None: ...
+
+    return Handler
+
+
+if __name__ == "__main__":
+    main()

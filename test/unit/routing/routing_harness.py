@@ -1,0 +1,331 @@
+"""A small real worker with scripted behaviour, and the real router in front of it, both on loopback ports."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import uvloop
+from aiohttp import web
+
+from sglang_prefillshare.protocol import (
+    BOUNDARY_RULE,
+    CACHED_TOKENS_HEADER,
+    CROSS_MODEL_HEADER,
+    PROMPT_TOKENS_HEADER,
+    WORKER_INFO_PATH,
+    Role,
+    WorkerInfo,
+)
+from sglang_prefillshare.routing.app import Router, create_app
+from sglang_prefillshare.routing.config import RouterConfig
+from sglang_prefillshare.routing.server import RouterServer
+
+STREAM = (
+    b'data: {"choices": [{"delta":  {"content": "\xc3\xa9"}}]}\n\n',
+    b"data: {odd but ours}\n\n",
+    b"data: [DONE]\n\n",
+)
+WHOLE = b'{ "id":"x",  "choices":[{"message":{"content":"\xc3\xa9"}}] }'
+
+
+def info(role: Role, model: str, **changes: Any) -> WorkerInfo:
+    values: dict[str, Any] = {
+        "role": role,
+        "model": model,
+        "base_fingerprint": "base-1",
+        "boundary": BOUNDARY_RULE,
+        "trained": True,
+        "transfer_backend": "fake",
+        "page_size": 16,
+        "kv_dtype": "bfloat16",
+        "max_total_tokens": 65536,
+        "max_running_requests": 32,
+        "context_length": 8192,
+        "bootstrap_port": 8998 if role is Role.PREFILL else None,
+        "version": "0",
+    }
+    return WorkerInfo(**(values | changes))
+
+
+@dataclass
+class Seen:
+    path: str
+    headers: dict[str, str]
+    raw: bytes
+    body: dict[str, Any]
+
+
+@dataclass
+class FakeWorker:
+    """`behave` scripts the generation endpoints: ok, bad, broken, hang, hang_after_first, die, die_mid_stream,
+    die_mid_body, or "slow:<seconds>". What it saw is in `seen`, `aborted` and `dropped`."""
+
+    info: WorkerInfo
+    behave: str = "ok"
+    info_behave: str = "ok"
+    seen: list[Seen] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+    dropped: int = 0
+    flushed: list[str] = field(default_factory=list)
+    poll_headers: list[dict[str, str]] = field(default_factory=list)
+    port: int = 0
+    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    _runner: web.AppRunner | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    async def start(self) -> None:
+        app = web.Application(client_max_size=2**26)
+        app.router.add_get(WORKER_INFO_PATH, self._info)
+        app.router.add_post("/abort_request", self._abort)
+        app.router.add_post("/flush_cache", self._flush)
+        app.router.add_get("/model_info", self._model_info)
+        app.router.add_get("/server_info", self._server_info)
+        for path in ("/generate", "/v1/completions", "/v1/chat/completions"):
+            app.router.add_post(path, self._generate)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.05, access_log=None)
+        await self._runner.setup()
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", self.port))
+            self.port = probe.getsockname()[1]
+        await web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True).start()
+
+    async def stop(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+            self._runner = None
+
+    async def _info(self, request: web.Request) -> web.StreamResponse:
+        self.poll_headers.append(dict(request.headers))
+        match self.info_behave:
+            case "hang":
+                await asyncio.sleep(60)
+            case "404":
+                raise web.HTTPNotFound
+            case "503":
+                raise web.HTTPServiceUnavailable
+            case "garbage":
+                return web.Response(text="hello")
+        return web.json_response(self.info.to_json())
+
+    async def _abort(self, request: web.Request) -> web.StreamResponse:
+        self.aborted.append((await request.json())["rid"])
+        return web.Response()
+
+    async def _flush(self, request: web.Request) -> web.StreamResponse:
+        self.flushed.append(request.query_string)
+        return web.Response(text="Cache flushed.", status=400 if self.behave == "bad" else 200)
+
+    async def _model_info(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"model_path": f"/models/{self.info.model}", "tokenizer_path": "/models/base"})
+
+    async def _server_info(self, request: web.Request) -> web.StreamResponse:
+        return web.json_response({"served_model_name": self.info.model, "internal_states": [{}]})
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        raw = await request.read()
+        body = json.loads(raw)
+        self.seen.append(Seen(request.path, {k.lower(): v for k, v in request.headers.items()}, raw, body))
+        self.arrived.set()
+        try:
+            return await self._answer(request, body)
+        except asyncio.CancelledError:
+            self.dropped += 1
+            raise
+
+    async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        kind, _, argument = self.behave.partition(":")
+        transport = request.transport
+        assert transport is not None
+        match kind:
+            case "bad":
+                return web.Response(
+                    status=400, body=b'{"object":"error","message":"no"}', content_type="application/json"
+                )
+            case "broken":
+                return web.Response(status=500, text="ouch")
+            case "hang":
+                await asyncio.sleep(60)
+            case "die":
+                transport.abort()
+                await asyncio.sleep(60)
+            case "slow":
+                await asyncio.sleep(float(argument))
+            case "die_mid_body":
+                response = web.StreamResponse(headers={"content-type": "application/json", "content-length": "100"})
+                await response.prepare(request)
+                await response.write(b'{"half":')
+                await asyncio.sleep(0.05)
+                transport.abort()
+                return response
+        if self.info.role is Role.PREFILL:
+            headers = {PROMPT_TOKENS_HEADER: "40", CACHED_TOKENS_HEADER: "32", CROSS_MODEL_HEADER: "16"}
+            return web.Response(body=b'{"ignored": true}', headers=headers)
+        if not body.get("stream"):
+            return web.Response(body=WHOLE, headers={"content-type": "application/json", "x-worker": "yes"})
+        response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8", "x-worker": "yes"})
+        await response.prepare(request)
+        for part in STREAM:
+            await response.write(part)
+            await asyncio.sleep(0.01)
+            if kind == "die_mid_stream":
+                await response.write(b'data: {"cut')
+                await asyncio.sleep(0.05)
+                transport.abort()
+                break
+            if kind == "hang_after_first":
+                await asyncio.sleep(60)
+        return response
+
+
+@dataclass
+class System:
+    """A running router with its fake workers; `http` talks to the router."""
+
+    url: str
+    router: Router
+    http: aiohttp.ClientSession
+    prefill: list[FakeWorker]
+    decode: dict[str, list[FakeWorker]]
+    server: RouterServer
+    server_task: asyncio.Task[None]
+
+    @property
+    def workers(self) -> list[FakeWorker]:
+        return [*self.prefill, *(worker for workers in self.decode.values() for worker in workers)]
+
+    async def chat(self, model: str = "planner", *, headers: dict[str, str] | None = None, **body: Any) -> Answer:
+        body = {"model": model, "messages": [{"role": "user", "content": "hello"}]} | body
+        return await self.post("/v1/chat/completions", body, headers=headers)
+
+    async def post(self, path: str, body: Any, *, headers: dict[str, str] | None = None) -> Answer:
+        data = body if isinstance(body, bytes) else json.dumps(body)
+        async with self.http.post(self.url + path, data=data, headers=headers) as response:
+            return Answer(response.status, response.headers, await response.read())
+
+    async def get(self, path: str) -> Answer:
+        async with self.http.get(self.url + path) as response:
+            return Answer(response.status, response.headers, await response.read())
+
+    async def ready(self) -> None:
+        await until(lambda: not self.router.pool.missing())
+
+    async def last_call(self) -> dict[str, Any]:
+        calls = (await self.get("/calls")).json()["calls"]
+        assert calls, "no call was recorded"
+        return calls[-1]
+
+    async def metric(self, sample: str) -> float:
+        """The value of one sample, such as `retries_total{role="prefill"}`; 0 if it does not exist."""
+        for line in (await self.get("/metrics")).body.decode().splitlines():
+            if line.startswith(f"prefillshare_router_{sample} "):
+                return float(line.rsplit(" ", 1)[1])
+        return 0.0
+
+    def assert_idle(self) -> None:
+        """Nothing is held: no leg counted anywhere, no tokens in flight."""
+        for worker in self.router.pool:
+            assert not worker.legs, worker.url
+            assert worker.inflight_tokens == 0, worker.url
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: Mapping[str, str]  # case-insensitive
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> str:
+        message = self.json()["error"]["message"]
+        assert isinstance(message, str)
+        return message
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - what is waited for is plain state, without an event
+            await asyncio.sleep(0.005)
+
+
+class QuickServer(RouterServer):
+    """Notices `should_exit` sooner, for the sake of many short tests."""
+
+    async def main_loop(self) -> None:
+        await until(lambda: self.should_exit, timeout_s=30)
+
+
+@contextlib.asynccontextmanager
+async def running_system(
+    *,
+    prefill: int = 1,
+    decode: dict[str, int] | None = None,
+    wait: bool = True,
+    prepare: Callable[[list[FakeWorker], dict[str, list[FakeWorker]]], Awaitable[None] | None] | None = None,
+    **config: Any,
+) -> AsyncIterator[System]:
+    prefill_workers = [FakeWorker(info(Role.PREFILL, "base")) for _ in range(prefill)]
+    decode_workers = {
+        name: [FakeWorker(info(Role.DECODE, name)) for _ in range(count)]
+        for name, count in (decode or {"planner": 1, "coder": 1}).items()
+    }
+    workers = [*prefill_workers, *(worker for group in decode_workers.values() for worker in group)]
+    for worker in workers:
+        await worker.start()
+    if prepare is not None:
+        prepare(prefill_workers, decode_workers)
+    settings: dict[str, Any] = {
+        "poll_interval_s": 0.03,
+        "poll_timeout_s": 0.2,
+        "connect_timeout_s": 0.5,
+        "request_timeout_s": 10.0,
+        "abort_timeout_s": 0.5,
+        "stop_grace_s": 0.0,
+    }
+    router_config = RouterConfig(
+        prefill=[worker.url for worker in prefill_workers],
+        decode={name: [worker.url for worker in group] for name, group in decode_workers.items()},
+        **(settings | config),
+    )
+    app = create_app(router_config)
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    server = QuickServer(app, router_config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        await until(lambda: server.started)
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15)) as http:
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+            system = System(url, app.state.router, http, prefill_workers, decode_workers, server, task)
+            if wait:
+                await system.ready()
+            yield system
+    finally:
+        server.should_exit = True
+        await task
+        for worker in workers:
+            await worker.stop()
+
+
+def run(scenario: Coroutine[Any, Any, None]) -> None:
+    """Run one scenario on the loop that the router uses in production, with a limit so that a hang is a failure."""
+
+    async def limited() -> None:
+        async with asyncio.timeout(20):
+            await scenario
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(limited())

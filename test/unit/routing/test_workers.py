@@ -1,0 +1,69 @@
+"""Which workers fit together."""
+
+from dataclasses import replace
+
+from sglang_prefillshare.protocol import Role
+from sglang_prefillshare.routing.workers import Observation, Status, judge
+from test.unit.routing.routing_harness import info
+
+
+def seen(url: str, role: Role = Role.PREFILL, model: str | None = None, **changes) -> Observation:
+    told = info(role, model or "base", **changes)
+    return Observation(url=url, role=role, model=model, info=told, problem=None, lost=None, was_seen=True)
+
+
+def statuses(*workers: Observation, incumbent: str | None = None) -> dict[str, Status]:
+    return {url: verdict.status for url, verdict in judge(workers, incumbent=incumbent)[1].items()}
+
+
+def test_workers_of_one_base_are_ready():
+    decode = seen("d", Role.DECODE, "planner")
+    assert statuses(seen("p"), decode) == {"p": Status.READY, "d": Status.READY}
+
+
+def test_the_majority_of_prefill_workers_names_the_base():
+    workers = [seen("p0", base_fingerprint="odd"), seen("p1"), seen("p2")]
+    reference, _ = judge(workers, incumbent=None)
+    assert reference == "base-1"
+    assert statuses(*workers) == {"p0": Status.REFUSED, "p1": Status.READY, "p2": Status.READY}
+
+
+def test_among_equals_the_incumbent_stays_and_otherwise_the_first_wins():
+    workers = [seen("p0", base_fingerprint="a"), seen("p1", base_fingerprint="b")]
+    assert judge(workers, incumbent=None)[0] == "a"
+    assert judge(workers, incumbent="b")[0] == "b"
+    assert judge(workers, incumbent="gone")[0] == "a"
+
+
+def test_the_reference_outlives_the_prefill_pool():
+    gone = replace(seen("p"), lost="does not answer")
+    right, wrong = seen("d0", Role.DECODE, "planner"), seen("d1", Role.DECODE, "coder", base_fingerprint="x")
+    assert statuses(gone, right, wrong, incumbent="base-1") == {
+        "p": Status.DOWN,
+        "d0": Status.READY,
+        "d1": Status.REFUSED,
+    }
+    assert statuses(gone, right)["d0"] is Status.STARTING
+
+
+def test_each_misfit_is_refused_with_both_values():
+    def reason(worker: Observation) -> str:
+        verdict = judge([seen("p"), worker], incumbent=None)[1][worker.url]
+        assert verdict.status is Status.REFUSED and verdict.reason
+        return verdict.reason
+
+    decode = seen("d", Role.DECODE, "planner")
+    assert decode.info is not None
+    told = decode.info
+    assert "prefill" in reason(replace(decode, info=replace(told, role=Role.PREFILL)))
+    assert "other-rule" in reason(replace(decode, info=replace(told, boundary="other-rule")))
+    assert "'coder'" in reason(replace(decode, info=replace(told, model="coder")))
+    assert "base-2" in reason(replace(decode, info=replace(told, base_fingerprint="base-2")))
+    assert "'nixl'" in reason(replace(decode, info=replace(told, transfer_backend="nixl")))
+    assert "bootstrap_port" in reason(seen("p2", bootstrap_port=None))
+    assert reason(replace(decode, info=None, problem="it is odd")) == "it is odd"
+
+
+def test_a_misfit_prefill_worker_has_no_vote():
+    misfit = [seen(f"p{i}", base_fingerprint="b", boundary="other-rule") for i in range(3)]
+    assert judge([*misfit, seen("p9")], incumbent=None)[0] == "base-1"

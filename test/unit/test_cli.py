@@ -1,0 +1,168 @@
+"""`cli.py`: exit statuses, messages, and `up` as a process that gets signals."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sglang_prefillshare import __version__, cli
+from test.unit.deploying import FAKE_COMMAND, marked, new_mark, nothing_left, topology_data, wait_until
+
+CLI = (sys.executable, "-m", "sglang_prefillshare.cli")
+
+
+class Up:
+    """`prefillshare up` of fake workers, running."""
+
+    def __init__(self, directory: Path, mark: str, *flags: str, **topology: Any) -> None:
+        self.ready_file = directory / "ready.json"
+        path = directory / "topology.yaml"
+        path.write_text(yaml.safe_dump(topology_data(directory, mark, **topology)))
+        fake = shlex.join(FAKE_COMMAND)
+        self.process = subprocess.Popen(
+            [
+                *(*CLI, "up", str(path), "--json-ready", str(self.ready_file)),
+                *("--worker-command", fake, "--router-command", fake),
+                *flags,
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_ready(self) -> dict[str, Any]:
+        assert wait_until(self.ready_file.exists), self.process.stderr
+        told: dict[str, Any] = json.loads(self.ready_file.read_text())
+        return told
+
+    def finish(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=20)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    mark = new_mark()
+    with nothing_left(mark):
+        yield mark
+
+
+@contextlib.contextmanager
+def up(directory: Path, mark: str, *flags: str, **topology: Any) -> Iterator[Up]:
+    running = Up(directory, mark, *flags, **topology)
+    try:
+        yield running
+    finally:
+        running.process.kill()
+        running.process.wait()
+        for stream in (running.process.stdout, running.process.stderr):
+            assert stream is not None
+            stream.close()
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    code = (
+        "import sys; from sglang_prefillshare import cli\n"
+        "for argv in (['--help'], ['up', '--help'], ['route', '--help'], ['--version']): assert cli.run(argv) == 0\n"
+        "heavy = {'torch', 'sglang', 'transformers', 'aiohttp', 'starlette', 'uvicorn', 'rich', 'yaml', 'psutil'}\n"
+        "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert f"sglang-prefillshare {__version__}" in answer.stdout
+
+
+@pytest.mark.parametrize("argv", [["up"], ["up", "--no-such-flag", "t.yaml"], ["no-such-command"]])
+def test_a_wrong_call_exits_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(argv) == 2
+    assert "Error: " in capsys.readouterr().err
+
+
+def test_a_wrong_setting_exits_2_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "t.yaml"
+    path.write_text("base: {model: m}\ndecode: [{nam: a, model: m}]\n")
+    assert cli.run(["up", str(path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"prefillshare: {path}:2: decode[0] has an unknown key 'nam'")
+
+
+def test_a_decode_worker_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["route", "--prefill", "http://a:1", "--decode", "http://b:2"]) == 2
+    assert "wanted NAME=URL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_up_serves_until_it_is_told_to_stop(tmp_path: Path, mark: str, number: signal.Signals) -> None:
+    with up(tmp_path, mark) as running:
+        told = running.wait_ready()
+        assert told["pid"] == running.process.pid
+        assert {worker["pid"] for worker in told["workers"]} <= {process.pid for process in marked(mark)}
+        running.process.send_signal(number)
+        status, out, err = running.finish()
+    assert status == 0, err
+    assert out == f"router {told['router_url']}\n"
+    assert "[coder] loading coder" in err.splitlines()
+    assert "[coder] leaving on SIGINT" in err.splitlines()
+    assert not running.ready_file.exists()
+
+
+def test_up_stops_while_it_starts(tmp_path: Path, mark: str) -> None:
+    with up(tmp_path, mark, coder={"args": {"fake": "never-ready"}}) as running:
+        assert wait_until(lambda: len(marked(mark)) == 4)
+        running.process.send_signal(signal.SIGINT)
+        status, out, err = running.finish()
+    assert (status, out) == (0, ""), err
+
+
+def test_a_second_interrupt_waits_for_nobody(tmp_path: Path, mark: str) -> None:
+    flags = ("--interrupt-grace", "60", "--terminate-grace", "60")
+    with up(tmp_path, mark, *flags, coder={"args": {"fake": "ignores-signals"}}) as running:
+        running.wait_ready()
+        running.process.send_signal(signal.SIGINT)
+        assert wait_until(lambda: len(marked(mark)) == 2)  # the one that ignores it, and its supervisor
+        running.process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        running.finish()
+    assert time.monotonic() - began < 5
+
+
+def test_a_worker_that_dies_ends_everything_with_status_1(tmp_path: Path, mark: str) -> None:
+    with up(tmp_path, mark, coder={"args": {"fake": "dies-later"}}) as running:
+        status, _, err = running.finish()
+    assert status == 1
+    assert "prefillshare: coder ended while it served: exit status 4" in err
+    assert "Traceback" not in err
+
+
+def test_nothing_outlives_an_up_that_was_killed(tmp_path: Path, mark: str) -> None:
+    workers = {"args": {"fake": ["forks", "ignores-signals"]}}
+    flags = ("--interrupt-grace", "0.5", "--terminate-grace", "0.3")
+    with up(tmp_path, mark, *flags, base=workers, coder=workers) as running:
+        running.wait_ready()
+        # two workers, two supervisors, three forked by each worker
+        assert wait_until(lambda: len(marked(mark)) == 10, timeout_s=2.0)
+        running.process.kill()
+        running.process.wait()
+        assert wait_until(lambda: not marked(mark), timeout_s=5.0)
+
+
+def test_with_a_log_folder_only_errors_are_shown(tmp_path: Path, mark: str) -> None:
+    with up(tmp_path, mark, "--log-dir", str(tmp_path / "logs"), coder={"args": {"fake": "dies-at-start"}}) as running:
+        status, _, err = running.finish()
+    assert status == 1
+    before, _, summary = err.partition("prefillshare: ")
+    assert "[coder] ERROR: weights are missing" in before
+    assert "loading" not in before
+    assert f"Its log is {tmp_path / 'logs' / 'coder.log'}" in summary
+    assert "loading coder" in (tmp_path / "logs" / "coder.log").read_text()

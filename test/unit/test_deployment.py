@@ -1,0 +1,360 @@
+"""`deployment.py` and `process.py`, with fake workers that are real processes on real ports."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from sglang_prefillshare.config import topology_from
+from sglang_prefillshare.deployment import (
+    FIRST_PORT,
+    PORTS_PER_WORKER,
+    ROUTER_COMMAND,
+    Deployment,
+    PortBlocks,
+    Silent,
+    State,
+    StopRequestedError,
+    Worker,
+    WorkerPlan,
+    plan_topology,
+    ready_file,
+)
+from sglang_prefillshare.errors import ConfigError, WorkerError
+from sglang_prefillshare.process import ExitStatus, StopGrace, describe_exit
+from sglang_prefillshare.protocol import Role
+from test.unit.deploying import fake_options, fake_topology, marked, new_mark, nothing_left, topology_data, wait_until
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """Marks a test's processes, and fails the test if one of them outlives it."""
+    mark = new_mark()
+    with nothing_left(mark):
+        yield mark
+
+
+def plan(
+    data: dict[str, Any], directory: Path, *, is_cpu_host: bool = False, environ: dict[str, str] | None = None
+) -> tuple[list[WorkerPlan], WorkerPlan]:
+    topology = topology_from(data, directory=directory)
+    ports = PortBlocks(avoid=topology.router.port)
+    try:
+        return plan_topology(
+            topology, ports=ports, options=fake_options(), is_cpu_host=is_cpu_host, environ=environ or {}
+        )
+    finally:
+        ports.release()
+
+
+def flag(worker: WorkerPlan, name: str) -> str | None:
+    command = list(worker.command)
+    return command[command.index(name) + 1] if name in command else None
+
+
+# ---- planning ------------------------------------------------------------------------------------------------------
+
+
+def test_each_worker_gets_its_role_model_name_and_ports(tmp_path: Path) -> None:
+    workers, router = plan(topology_data(tmp_path, "", base={"workers": 2}, coder={"workers": 2}), tmp_path)
+
+    assert [worker.name for worker in workers] == ["base.0", "base.1", "coder.0", "coder.1"]
+    model = str(tmp_path / "model")
+    for worker in workers[:2]:
+        assert worker.role is Role.PREFILL
+        assert flag(worker, "--prefill-share-role") == "prefill"
+        assert flag(worker, "--model-path") == model
+        assert flag(worker, "--disaggregation-bootstrap-port") == str(worker.bootstrap_port)
+        assert flag(worker, "--prefill-share-base") is None
+    for worker in workers[2:]:
+        assert worker.role is Role.DECODE
+        assert flag(worker, "--prefill-share-base") == model
+        assert flag(worker, "--served-model-name") == "coder"
+        assert worker.bootstrap_port is None
+    assert flag(router, "--port") == str(router.port)
+    assert [value for value in router.command if value.startswith("coder=")] == [f"coder={w.url}" for w in workers[2:]]
+    assert router.command.count("--prefill") == 2
+
+
+def test_ports_that_sglang_derives_do_not_meet_another_workers(tmp_path: Path) -> None:
+    workers, router = plan(topology_data(tmp_path, "", base={"workers": 3}, coder={"workers": 3}), tmp_path)
+    taken: list[int] = [router.port]
+    for worker in workers:
+        nccl_port = flag(worker, "--nccl-port")
+        assert nccl_port is not None
+        taken += [worker.port, int(nccl_port), *([worker.bootstrap_port] if worker.bootstrap_port else [])]
+        taken += range(worker.port + 233, worker.port + 250)  # data-parallel attention: PortArgs.init_new
+    assert len(taken) == len(set(taken))
+    assert max(taken) < 22000  # SGLang draws random ports from there on
+
+
+def test_args_become_flags_and_cpu_defaults_give_way_to_them(tmp_path: Path) -> None:
+    args = {"max-total-tokens": 500, "disable-radix-cache": True, "lora-paths": ["a", "b"], "sleep-on-idle": False}
+    data = topology_data(tmp_path, "", base={"args": args}, coder={"args": {"max-total-tokens": None}})
+    (base, coder), _ = plan(data, tmp_path, is_cpu_host=True)
+
+    assert flag(base, "--device") == "cpu"
+    assert flag(base, "--max-total-tokens") == "500"
+    assert base.command.count("--max-total-tokens") == 1
+    assert base.command[base.command.index("--lora-paths") :][1:3] == ("a", "b")
+    assert "--disable-radix-cache" in base.command
+    assert "--sleep-on-idle" not in base.command
+    assert flag(coder, "--device") == "cpu"
+    assert "--max-total-tokens" not in coder.command
+
+
+def test_cpu_defaults_are_for_cpu_workers_only(tmp_path: Path) -> None:
+    data = topology_data(tmp_path, "", coder={"args": {"device": "cpu"}})
+    (base, coder), _ = plan(data, tmp_path, is_cpu_host=False)
+    assert "--device" not in base.command
+    assert "OMP_NUM_THREADS" not in base.env
+    assert flag(coder, "--max-total-tokens") == "32768"
+    assert coder.env["OMP_NUM_THREADS"] == "1"
+
+
+def test_env_of_the_worker_wins_over_the_topologys_over_ours_over_defaults(tmp_path: Path) -> None:
+    data = topology_data(tmp_path, "", coder={"env": {"B": "worker", "GONE": None}}, env={"A": 1, "B": "topology"})
+    environ = {"OMP_NUM_THREADS": "8", "GONE": "x", "A": "ours"}
+    (base, coder), _ = plan(data, tmp_path, is_cpu_host=True, environ=environ)
+    assert (base.env["OMP_NUM_THREADS"], base.env["A"], base.env["B"], base.env["GONE"]) == ("8", "1", "topology", "x")
+    assert coder.env["B"] == "worker"
+    assert "GONE" not in coder.env
+
+
+def test_gpus_are_dealt_out_over_the_workers(tmp_path: Path) -> None:
+    data = topology_data(tmp_path, "", base={"workers": 2, "gpus": [0, 1, 2, 3]}, coder={"workers": 3, "gpus": [4, 5]})
+    workers, _ = plan(data, tmp_path)
+    assert [worker.env["CUDA_VISIBLE_DEVICES"] for worker in workers] == ["0,1", "2,3", "4", "5", "4"]
+
+
+def test_a_block_with_a_taken_port_is_passed_over() -> None:
+    blocks = PortBlocks()
+    first = blocks.take()
+    others = PortBlocks(avoid=first + PORTS_PER_WORKER + 7)
+    try:
+        assert first >= FIRST_PORT
+        # The first block is owned by the other object, the second has the router's port in it.
+        assert others.take() >= first + 2 * PORTS_PER_WORKER
+    finally:
+        blocks.release()
+        others.release()
+
+
+def test_a_taken_router_port_is_told_before_anything_starts(tmp_path: Path, mark: str) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        topology = fake_topology(tmp_path, mark, router={"port": taken.getsockname()[1]})
+        with pytest.raises(ConfigError, match="port is taken"), Deployment(topology, options=fake_options()):
+            pass
+
+
+# ---- serving -------------------------------------------------------------------------------------------------------
+
+
+def test_inside_with_all_are_ready_and_after_it_none_is_left(tmp_path: Path, mark: str) -> None:
+    topology = fake_topology(tmp_path, mark, base={"workers": 2})
+    with Deployment(topology, options=fake_options()) as deployment:
+        for url in (deployment.router_url, *(worker.url for worker in deployment.workers)):
+            with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
+                assert answer.status == 200
+        assert {worker.state for worker in deployment.workers} == {State.READY}
+        pids = {worker.pid for worker in deployment.workers}
+        assert pids <= {process.pid for process in marked(mark)}
+        deployment.check()
+    assert {worker.state for worker in deployment.workers} == {State.ENDED}
+    assert deployment.worker("coder").tail()[-1] == "leaving on SIGINT"
+
+
+def test_the_router_that_it_starts_finds_the_workers(tmp_path: Path, mark: str) -> None:
+    options = fake_options(router_command=ROUTER_COMMAND)
+    with (
+        Deployment(fake_topology(tmp_path, mark), options=options) as deployment,
+        urllib.request.urlopen(f"{deployment.router_url}/v1/models", timeout=5) as answer,
+    ):
+        models = json.load(answer)
+    assert [model["id"] for model in models["data"]] == ["coder"]
+
+
+def test_a_ready_file_describes_the_deployment_for_as_long_as_it_serves(tmp_path: Path, mark: str) -> None:
+    path = tmp_path / "ready.json"
+    with Deployment(fake_topology(tmp_path, mark), options=fake_options()) as deployment:
+        with ready_file(path, deployment):
+            told = json.loads(path.read_text())
+            assert told["router_url"] == deployment.router_url
+            assert [(w["name"], w["role"], w["pid"]) for w in told["workers"]] == [
+                ("base", "prefill", deployment.worker("base").pid),
+                ("coder", "decode", deployment.worker("coder").pid),
+            ]
+        assert not path.exists()
+
+
+def test_two_deployments_stand_side_by_side(tmp_path: Path, mark: str) -> None:
+    topology = fake_topology(tmp_path, mark)
+    with (
+        Deployment(topology, options=fake_options()) as first,
+        Deployment(topology, options=fake_options()) as second,
+    ):
+        urls = [worker.url for deployment in (first, second) for worker in deployment.workers]
+        assert len(set(urls)) == 4
+        assert first.router_url != second.router_url
+
+
+def test_no_more_workers_load_at_once_than_allowed(tmp_path: Path, mark: str) -> None:
+    class Counter(Silent):
+        most = 0
+        starting: set[str] = set()  # noqa: RUF012 - one test, one counter
+
+        def on_state(self, worker: Worker) -> None:
+            (self.starting.add if worker.state is State.STARTING else self.starting.discard)(worker.name)
+            self.most = max(self.most, len(self.starting))
+
+    topology = fake_topology(tmp_path, mark, base={"workers": 3})
+    counter = Counter()
+    with Deployment(topology, options=fake_options(start_concurrency=2), observer=counter):
+        assert counter.most == 2
+
+
+def test_logs_go_to_a_file_for_each_worker(tmp_path: Path, mark: str) -> None:
+    options = fake_options(log_dir=tmp_path / "logs")
+    with Deployment(fake_topology(tmp_path, mark), options=options):
+        pass
+    assert (tmp_path / "logs" / "coder.log").read_text().splitlines() == ["loading coder", "leaving on SIGINT"]
+
+
+# ---- failing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_dies_at_start_is_named_with_its_status_and_last_lines(tmp_path: Path, mark: str) -> None:
+    topology = fake_topology(tmp_path, mark, coder={"args": {"fake": "dies-at-start"}})
+    with (
+        pytest.raises(WorkerError, match=r"coder ended before it was ready: exit status 3") as caught,
+        Deployment(topology, options=fake_options()),
+    ):
+        pass
+    assert "[coder] ERROR: weights are missing" in str(caught.value)
+
+
+def test_a_command_that_does_not_exist_is_told(tmp_path: Path, mark: str) -> None:
+    options = fake_options(worker_command=("no-such-command",))
+    with (
+        pytest.raises(WorkerError, match="cannot start no-such-command: No such file"),
+        Deployment(fake_topology(tmp_path, mark), options=options),
+    ):
+        pass
+
+
+def test_a_worker_that_dies_later_ends_the_wait(tmp_path: Path, mark: str) -> None:
+    topology = fake_topology(tmp_path, mark, coder={"args": {"fake": "dies-later"}})
+    with Deployment(topology, options=fake_options()) as deployment:
+        with pytest.raises(WorkerError, match="coder ended while it served: exit status 4"):
+            deployment.wait()
+        with pytest.raises(WorkerError, match="coder"):
+            deployment.check()
+        assert deployment.worker("base").state is State.READY
+
+
+def test_a_router_that_dies_is_named(tmp_path: Path, mark: str) -> None:
+    topology = fake_topology(tmp_path, mark, router={"args": {"fake": "dies-at-start"}})
+    with pytest.raises(WorkerError, match="router ended"), Deployment(topology, options=fake_options()):
+        pass
+
+
+def test_only_workers_that_are_not_ready_in_time_are_named(tmp_path: Path, mark: str) -> None:
+    topology = fake_topology(tmp_path, mark, coder={"args": {"fake": "never-ready"}})
+    with (
+        pytest.raises(
+            WorkerError, match=r"not ready within 1 s: coder \(last: status 503 at /prefill_share\)"
+        ) as caught,
+        Deployment(topology, options=fake_options(ready_timeout_s=1.0)),
+    ):
+        pass
+    assert "base" not in str(caught.value)
+
+
+def test_waiting_ends_when_a_stop_is_requested(tmp_path: Path, mark: str) -> None:
+    with Deployment(fake_topology(tmp_path, mark), options=fake_options()) as deployment:
+        deployment.request_stop()
+        with pytest.raises(StopRequestedError):
+            deployment.wait()
+
+
+# ---- ending --------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_ignores_signals_is_killed_when_its_grace_is_over(tmp_path: Path, mark: str) -> None:
+    topology = fake_topology(tmp_path, mark, coder={"args": {"fake": "ignores-signals"}})
+    options = fake_options(grace=StopGrace(interrupt_s=0.5, terminate_s=0.3))
+    with Deployment(topology, options=options) as deployment:
+        began = time.monotonic()
+    assert time.monotonic() - began >= 0.8
+    coder = deployment.worker("coder")
+    assert coder.tail()[-2:] == ["ignoring 2", "ignoring 15"]
+    assert coder.process is not None
+    assert coder.process.status == -signal.SIGKILL
+
+
+def test_what_a_worker_forked_ends_with_it(tmp_path: Path, mark: str) -> None:
+    topology = fake_topology(tmp_path, mark, coder={"args": {"fake": "forks"}})
+    with Deployment(topology, options=fake_options()) as deployment:
+        # two workers with a supervisor each, and the three that one of them forked; the router bears no mark
+        assert wait_until(lambda: len(marked(mark)) == 7, timeout_s=2.0)
+        pid = deployment.worker("coder").pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        with pytest.raises(WorkerError, match="coder ended while it served: killed by SIGKILL"):
+            deployment.wait()
+        assert wait_until(lambda: len(marked(mark)) == 2, timeout_s=2.0)
+
+
+def test_a_killed_supervisor_takes_its_worker_with_it(tmp_path: Path, mark: str) -> None:
+    topology = fake_topology(tmp_path, mark, coder={"args": {"fake": "ignores-signals"}})
+    with Deployment(topology, options=fake_options()) as deployment:
+        pid = deployment.worker("coder").pid
+        assert pid is not None
+        supervisor = psutil.Process(pid).parent()
+        assert supervisor is not None
+        supervisor.kill()
+        with pytest.raises(WorkerError, match="coder ended while it served"):
+            deployment.wait()
+        assert pid not in {process.pid for process in marked(mark)}
+
+
+def test_a_caller_that_fails_leaves_nothing(tmp_path: Path, mark: str) -> None:
+    topology = fake_topology(tmp_path, mark)
+    with pytest.raises(ZeroDivisionError), Deployment(topology, options=fake_options()):
+        raise ZeroDivisionError
+
+
+def test_an_observer_sees_every_state_in_order(tmp_path: Path, mark: str) -> None:
+    class Recorder(Silent):
+        def __init__(self) -> None:
+            self.seen: list[tuple[str, State]] = []
+
+        def on_state(self, worker: Worker) -> None:
+            self.seen.append((worker.name, worker.state))
+
+        def on_wait(self, workers: Sequence[Worker]) -> None: ...
+
+    recorder = Recorder()
+    with Deployment(fake_topology(tmp_path, mark), options=fake_options(), observer=recorder):
+        pass
+    for name in ("base", "coder", "router"):
+        states = [state for seen, state in recorder.seen if seen == name]
+        assert states == [State.WAITING, State.STARTING, State.READY, State.STOPPING, State.ENDED]
+
+
+def test_exits_are_described() -> None:
+    assert describe_exit(ExitStatus(3)) == "exit status 3"
+    assert describe_exit(ExitStatus(-9)) == "killed by SIGKILL (out of memory?)"
+    assert describe_exit(ExitStatus(-15)) == "killed by SIGTERM"
