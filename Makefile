@@ -1,0 +1,38 @@
+# `make` lists what there is to do.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint fmt bench-router clean
+
+PYTHON := .venv/bin/python
+# Several processes of several OpenMP threads each stall one another on a small machine.
+export OMP_NUM_THREADS ?= 1
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Create .venv for this machine (CPU or CUDA; PREFILLSHARE_STACK chooses)
+	@scripts/setup.sh
+
+demo: setup ## Serve two decode modules from one base on this machine, and talk to them
+	@$(PYTHON) examples/demo/run.py
+
+test: setup ## Run the tests that need no SGLang server
+	@$(PYTHON) -m pytest -q -m "not slow and not gpu" test
+
+test-slow: setup ## Run every test; those that wait for a GPU or a package skip themselves
+	@$(PYTHON) -m pytest -q test
+
+lint: setup ## Check style, format and types
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m mypy
+
+fmt: setup ## Format the code and sort its imports
+	@$(PYTHON) -m ruff check --fix .
+	@$(PYTHON) -m ruff format .
+
+bench-router: setup ## Measure what the router adds to a request
+	@$(PYTHON) benchmark/serving/router.py
+
+clean: ## Remove .venv, caches and build outputs
+	rm -rf .venv build out .mypy_cache .pytest_cache .ruff_cache .hypothesis python/*.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
