@@ -64,7 +64,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "completion, two prompts": completion(prompt=[TEXT, TEXT[:50]], max_tokens=4),
 }
 
-# What tells one server or one moment from another, and what a decode worker does not say (the prompt's log-probabilities).
+# What tells one server or moment from another, and what a decode worker does not say (the prompt's log-probabilities).
 _IGNORED = {
     "id", "created", "model", "e2e_latency", "response_sent_to_client_ts", "cached_tokens", "cached_tokens_details",
     "prompt_tokens_details", "input_token_logprobs", "input_top_logprobs", "system_fingerprint",
@@ -88,7 +88,9 @@ def joined_stream(events: list[str]) -> dict[str, Any]:
     deltas = [choice.get("delta", {}) for chunk in chunks for choice in chunk.get("choices", ())]
     return {
         "content": "".join(delta.get("content") or "" for delta in deltas),
-        "finish_reasons": [c["finish_reason"] for chunk in chunks for c in chunk.get("choices", ()) if c["finish_reason"]],
+        "finish_reasons": [
+            c["finish_reason"] for chunk in chunks for c in chunk.get("choices", ()) if c["finish_reason"]
+        ],
         "last": chunks[-1],
     }
 

@@ -70,7 +70,9 @@ async def prefill_leg_without_decode_leg(
     client: aiohttp.ClientSession, deployment: Deployment, prompt: list[int]
 ) -> None:
     prefill = deployment.worker("base")
-    leg = asyncio.create_task(post(client, f"{prefill.url}/generate", greedy(prompt, 4, rid="lonely") | pairing(prefill)))
+    leg = asyncio.create_task(
+        post(client, f"{prefill.url}/generate", greedy(prompt, 4, rid="lonely") | pairing(prefill))
+    )
     await asyncio.sleep(0.3)
     await abort(client, prefill, "lonely")
     assert (await leg).status == 500
@@ -206,9 +208,7 @@ def test_a_killed_prefill_worker_fails_its_requests_at_once(expendable: Deployme
         async with session() as client:
             # A decode leg that waits for its KV when prefill dies ...
             await post_pair(client, base, coder, "/generate", greedy(prompt, 2))
-            waiting = asyncio.create_task(
-                post(client, f"{coder.url}/generate", greedy(prompt, 4) | pairing(base))
-            )
+            waiting = asyncio.create_task(post(client, f"{coder.url}/generate", greedy(prompt, 4) | pairing(base)))
             await asyncio.sleep(0.5)
             kill(base)
             started = time.monotonic()

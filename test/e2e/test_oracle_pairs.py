@@ -58,9 +58,7 @@ def test_answers_equal_the_oracle_eight_at_a_time(deployment: Deployment, oracle
         assert found == wanted, f"{model}, prompt of {len(prompt)} tokens"
 
 
-def test_a_repeated_prompt_answers_the_same_from_the_cache(
-    deployment: Deployment, oracles: dict[str, Oracle]
-) -> None:
+def test_a_repeated_prompt_answers_the_same_from_the_cache(deployment: Deployment, oracles: dict[str, Oracle]) -> None:
     prompt = clear_prompt(oracles["coder"], 333, NEW_TOKENS, seed=5)
     wanted = oracles["coder"].generate(prompt, NEW_TOKENS).token_ids
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from typing import Any
 
 from sglang_prefillshare.deployment import Deployment
@@ -34,7 +35,7 @@ def test_a_session_prefills_its_context_once(deployment: Deployment) -> None:
     assert computed <= 1.02 * final_context
     # Every call after the first finds the whole earlier context, and all of what it finds was computed for other agents
     # except the two spans that this agent had prefilled itself.
-    for earlier, call in zip(calls, calls[1:], strict=False):
+    for earlier, call in itertools.pairwise(calls):
         assert call["cached_tokens"] >= earlier["prefill_tokens"] - 1
 
 

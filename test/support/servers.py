@@ -1,4 +1,4 @@
-"""Real servers for tests: topologies of tiny models, a plain SGLang server beside them, and clients that make a pair."""
+"""Real servers for tests: topologies of tiny models, a plain SGLang server, and clients that make a pair."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import aiohttp
 
 from sglang_prefillshare.config import DecodeModule, RouterSettings, Topology, WorkerSettings
 from sglang_prefillshare.deployment import Deployment, DeploymentOptions, PortBlocks, Worker
-from sglang_prefillshare.process import SupervisedProcess, StopGrace
+from sglang_prefillshare.process import StopGrace, SupervisedProcess
 
 FLOAT32: Mapping[str, Any] = {"dtype": "float32", "max-total-tokens": 32768}
 GRACE = StopGrace(interrupt_s=3.0, terminate_s=2.0)

@@ -1,12 +1,12 @@
 """The `prefillshare` transfer backend: decode reads the pages it needs straight from prefill's KV pool.
 
-A pull, not a push. Prefill says which of its pages hold a request's KV; decode copies them into pages of its own and says
-when it is done; until then prefill keeps them locked. Nothing is staged and nobody else writes into decode's pool, so a
-decode worker that gives a request's pages back can be sure that nothing arrives in them later.
+A pull, not a push. Prefill says which of its pages hold a request's KV; decode copies them into pages of its own and
+says when it is done; until then prefill keeps them locked. Nothing is staged and nobody else writes into decode's pool,
+so a decode worker that gives a request's pages back can be sure that nothing arrives in them later.
 
 SGLang's `Common*` classes keep the bootstrap, the rooms and the failure records. This module adds the control messages
-(`handoff/messages.py`), the mapping of the peer's pool, the copy, and the watch over the peer's life: a process that dies
-is noticed at once, through its pidfd.
+(`handoff/messages.py`), the mapping of the peer's pool, the copy, and the watch over the peer's life: a process that
+dies is noticed at once, through its pidfd.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class _RecentRooms:
         return self._reasons.pop(room, None)
 
 
-class PrefillShareKVManager(CommonKVManager):  # type: ignore[misc]
+class PrefillShareKVManager(CommonKVManager):
     """Both sides of the backend; which one is decided by the worker's disaggregation mode."""
 
     kv_status_msg_tag = _STATUS_TAG
@@ -139,9 +139,7 @@ class PrefillShareKVManager(CommonKVManager):  # type: ignore[misc]
         self.enable_staging = False
         self._buffers = [
             _bytes_at(pointer, length).view(length // page_bytes, page_bytes)
-            for pointer, length, page_bytes in zip(
-                args.kv_data_ptrs, args.kv_data_lens, args.kv_item_lens, strict=True
-            )
+            for pointer, length, page_bytes in zip(args.kv_data_ptrs, args.kv_data_lens, args.kv_item_lens, strict=True)
         ]
         self._metadata = [
             _bytes_at(pointer, length).view(length // row, row)
@@ -211,8 +209,8 @@ class PrefillShareKVManager(CommonKVManager):  # type: ignore[misc]
             fd = os.pidfd_open(pid)
         except OSError as error:
             raise HandoffError(
-                f"process {pid} of the peer cannot be seen from here ({error.strerror or 'it is gone'}). The prefillshare "
-                "backend needs both workers on one host and in one PID namespace; choose nixl otherwise."
+                f"process {pid} of the peer cannot be seen from here ({error.strerror or 'it is gone'}). The "
+                "prefillshare backend needs both workers on one host and in one PID namespace; choose nixl otherwise."
             ) from error
         self._watched[fd] = _Watched(pid=pid, fd=fd, names={name})
 
@@ -482,7 +480,7 @@ class PrefillShareKVManager(CommonKVManager):  # type: ignore[misc]
             self.apply_prefill_status(bootstrap_room=room, status=status, prefill_rank=rank, failure_reason=reason)
 
 
-class PrefillShareKVSender(CommonKVSender):  # type: ignore[misc]
+class PrefillShareKVSender(CommonKVSender):
     """Prefill's end of one request: SGLang's, over the manager above, and telling decode when it is given up."""
 
     kv_mgr: PrefillShareKVManager
@@ -504,7 +502,7 @@ class PrefillShareKVSender(CommonKVSender):  # type: ignore[misc]
         self.kv_mgr.close_room(self.bootstrap_room, "prefill gave the request up" if failed else None)
 
 
-class PrefillShareKVReceiver(CommonKVReceiver):  # type: ignore[misc]
+class PrefillShareKVReceiver(CommonKVReceiver):
     """Decode's end of one request."""
 
     kv_mgr: PrefillShareKVManager
@@ -552,7 +550,7 @@ class PrefillShareKVReceiver(CommonKVReceiver):  # type: ignore[misc]
         super()._clear()
 
 
-class PrefillShareKVBootstrapServer(CommonKVBootstrapServer):  # type: ignore[misc]
+class PrefillShareKVBootstrapServer(CommonKVBootstrapServer):
     """SGLang's bootstrap server, unchanged."""
 
 

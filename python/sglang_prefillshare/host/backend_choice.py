@@ -31,7 +31,7 @@ def get_kv_class(original: Callable[..., Any], transfer_backend: Any, class_type
         return original(transfer_backend, class_type)
     from sglang_prefillshare.host import backend
 
-    classes = {
+    classes: dict[str, Any] = {
         "manager": backend.PrefillShareKVManager,
         "sender": backend.PrefillShareKVSender,
         "receiver": backend.PrefillShareKVReceiver,

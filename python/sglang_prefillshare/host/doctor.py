@@ -61,7 +61,7 @@ def _device() -> str:
 def _entry_points(console: Console) -> Iterator[str]:
     for group, name in _ENTRY_POINTS:
         if not entry_points(group=group, name=name):
-            yield f"entry point {name} in {group}: pip install sglang-prefillshare into the environment that runs SGLang"
+            yield f"entry point {name} in {group}: pip install sglang-prefillshare where SGLang is installed"
     allowed = os.environ.get("SGLANG_PLUGINS")
     if allowed and "prefillshare" not in allowed.split(","):
         yield f"SGLANG_PLUGINS={allowed} leaves our plugin out: add prefillshare to it"
@@ -85,5 +85,7 @@ def _seams(console: Console) -> list[str]:
                 problems.append(str(error))
         line = f"  {state}  {seam.target.removeprefix('sglang.srt.')} [dim]({seam.kind})[/dim]"
         console.print(line, highlight=False, soft_wrap=True)
-        console.print(f"      {seam.why}; retire when: {seam.retire_when}", style="dim", highlight=False, soft_wrap=True)
+        console.print(
+            f"      {seam.why}; retire when: {seam.retire_when}", style="dim", highlight=False, soft_wrap=True
+        )
     return problems

@@ -1,7 +1,7 @@
 """Our flags on `launch_server`: parsed beside SGLang's, checked, and turned into the settings that a role needs.
 
-A role implies a whole set of SGLang settings. What the user left open is filled in; what the user said otherwise is refused
-here, before anything is loaded, with the reason and the fix.
+A role implies a whole set of SGLang settings. What the user left open is filled in; what the user said otherwise is
+refused here, before anything is loaded, with the reason and the fix.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def add_cli_args(original: Callable[..., None], parser: argparse.ArgumentParser)
 
 
 def _remember_explicit_flags(parser: argparse.ArgumentParser) -> None:
-    """Let the parsed namespace say which flags were written out, so that a default is never taken for a contradiction."""
+    """Let the parsed namespace say which flags were written out: a default contradicts nothing."""
     parse = parser.parse_known_args
 
     def parse_known_args(args: Sequence[str] | None = None, namespace: Any = None) -> Any:
@@ -62,7 +62,7 @@ def _remember_explicit_flags(parser: argparse.ArgumentParser) -> None:
         setattr(parsed, _EXPLICIT, explicit)
         return parsed, rest
 
-    parser.parse_known_args = parse_known_args  # type: ignore[method-assign]
+    setattr(parser, "parse_known_args", parse_known_args)  # noqa: B010 - this one parser only
 
 
 def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
@@ -103,7 +103,8 @@ def configure(role: Role, args: argparse.Namespace) -> RoleSettings:
         found = getattr(args, name)
         if name in explicit and found != value:
             raise ConfigError(
-                f"{_flag(name)} {found} contradicts --prefill-share-role {role}, which sets it to {value}. Remove the flag."
+                f"{_flag(name)} {found} contradicts --prefill-share-role {role}, which sets it to {value}. "
+                "Remove the flag."
             )
         setattr(args, name, value)
     if "disaggregation_transfer_backend" not in explicit:
@@ -130,7 +131,10 @@ def _implied(role: Role, *, on_cpu: bool) -> dict[str, Any]:
 
 _CONTRADICTIONS: Final[dict[Role | None, dict[str, tuple[Any, str]]]] = {
     None: {
-        "speculative_algorithm": (None, "speculative decoding needs the hidden states of the prompt, which the base has"),
+        "speculative_algorithm": (
+            None,
+            "speculative decoding needs the hidden states of the prompt, which the base has",
+        ),
         "enable_pd_role_switch": (False, "a worker cannot change sides: its weights belong to one of them"),
         "disaggregation_decode_allocation_policy": ("early", "only the default allocation policy is supported"),
         "tokenizer_worker_num": (1, "SGLang does not load plugins in extra tokenizer workers"),
@@ -153,7 +157,10 @@ _CONTRADICTIONS: Final[dict[Role | None, dict[str, tuple[Any, str]]]] = {
         "disable_radix_cache": (False, "the radix tree is what the decode modules share"),
     },
     Role.DECODE: {
-        "disaggregation_decode_enable_offload_kvcache": (False, "it would store generated KV as if the base had made it"),
+        "disaggregation_decode_enable_offload_kvcache": (
+            False,
+            "it would store generated KV as if the base had made it",
+        ),
         "disaggregation_decode_enable_radix_cache": (False, "incremental handoff is not supported yet"),
     },
 }
@@ -169,9 +176,13 @@ def _refuse_contradictions(role: Role, args: argparse.Namespace) -> None:
                 f"{reason}. Remove the flag.".replace("  ", " ").replace(" cannot", " cannot")
             )
     if os.environ.get("SGLANG_RUST_SERVER", "0").lower() in ("1", "true"):
-        raise ConfigError("SGLANG_RUST_SERVER cannot be used with a role: its front end does not carry our checks. Unset it.")
+        raise ConfigError(
+            "SGLANG_RUST_SERVER cannot be used with a role: its front end does not carry our checks. Unset it."
+        )
     if os.environ.get("SGLANG_USE_HND_KVCACHE", "0").lower() in ("1", "true"):
-        raise ConfigError("SGLANG_USE_HND_KVCACHE cannot be used with a role: SGLang hands over NHD pools only. Unset it.")
+        raise ConfigError(
+            "SGLANG_USE_HND_KVCACHE cannot be used with a role: SGLang hands over NHD pools only. Unset it."
+        )
 
 
 def _refuse_backend(backend: str, *, on_cpu: bool) -> None:
@@ -209,8 +220,8 @@ def _identify(role: Role, args: argparse.Namespace) -> RoleSettings:
     if role is Role.PREFILL:
         if base is not None and Path(base).resolve() != Path(module).resolve() and base != module:
             raise ConfigError(
-                f"--prefill-share-base is {base}, but this prefill worker serves {module}. Prefill serves the base itself: "
-                "leave --prefill-share-base out, or give the same model."
+                f"--prefill-share-base is {base}, but this prefill worker serves {module}. Prefill serves the base "
+                "itself: leave --prefill-share-base out, or give the same model."
             )
         identity = identify_base(module, tokenizer_path=args.tokenizer_path, chat_template=args.chat_template)
         return RoleSettings(role, module, identity, True, args.disaggregation_transfer_backend)
@@ -228,8 +239,8 @@ def _identify(role: Role, args: argparse.Namespace) -> RoleSettings:
     elif not args.prefill_share_allow_untrained:
         raise ConfigError(
             f"{module} has no {FILE_NAME}: nothing says that it was fine-tuned to read the KV of {base}. "
-            f"If it was, record it with `prefillshare identity write {module} --base {base}`; to serve it all the same, add "
-            "--prefill-share-allow-untrained."
+            f"If it was, record it with `prefillshare identity write {module} --base {base}`; to serve it all the "
+            "same, add --prefill-share-allow-untrained."
         )
     else:
         print(

@@ -1,7 +1,7 @@
 """Identity in SGLang's own handshake, for every transfer backend: a pair of different bases never gets connected.
 
-Prefill publishes its KV layout to its bootstrap server and decode compares it before the first request. SGLang leaves the
-layout empty for ordinary models; ours is the base's runtime fingerprint.
+Prefill publishes its KV layout to its bootstrap server and decode compares it before the first request. SGLang leaves
+the layout empty for ordinary models; ours is the base's runtime fingerprint.
 """
 
 from __future__ import annotations

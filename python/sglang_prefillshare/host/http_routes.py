@@ -1,4 +1,4 @@
-"""What a worker with a role adds to SGLang's HTTP server: its description, a leg's accounting, and a few closed doors."""
+"""What a worker with a role adds to SGLang's HTTP server: its description, a leg's accounting, some closed doors."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ from sglang_prefillshare.protocol import (
 
 INIT_INFO_KEY: Final = "prefill_share"
 
+_NEW_WEIGHTS: Final = "new weights would serve under the old identity. Restart the worker."
+
 _CLOSED_PREFIXES: Final = {
-    "/update_weights": "new weights would be another base or module under the old identity. Restart the worker.",
-    "/init_weights_update_group": "new weights would be another base or module under the old identity. Restart the worker.",
+    "/update_weights": _NEW_WEIGHTS,
+    "/init_weights_update_group": _NEW_WEIGHTS,
     "/load_lora_adapter": "serve each adapter as a decode module of its own.",
     "/open_session": "send the whole context; its prefix is cached.",
     "/pause_generation": "retracted requests would be prefilled again by the base, generated tokens included.",

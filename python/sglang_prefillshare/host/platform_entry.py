@@ -13,7 +13,6 @@ def activate() -> str | None:
     SGLang calls this while it imports itself, in every process, before it touches torchvision; so this is also
     where the missing torchvision is stood in for.
     """
-    import torch
 
     if _has_accelerator() or os.environ.get("SGLANG_USE_CPU_ENGINE", "0") == "1":
         return None

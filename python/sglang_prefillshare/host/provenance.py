@@ -1,8 +1,9 @@
 """For which decode module each KV slot was computed: the count of tokens reused across models, exact by construction.
 
 One integer per slot of the KV pool. A slot is stamped when a prefill is about to compute it; when a later request finds
-slots in the radix tree, those with another module's stamp are its cross-model tokens. Nothing is estimated: the slot that
-attention reads is the slot that was stamped, also when two requests computed one prefix at once and the tree kept one copy.
+slots in the radix tree, those with another module's stamp are its cross-model tokens. Nothing is estimated: the slot
+that attention reads is the slot that was stamped, also when two requests computed one prefix at once and the tree kept
+one copy.
 """
 
 from __future__ import annotations

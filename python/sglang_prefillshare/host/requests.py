@@ -46,8 +46,8 @@ def validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
 _REFUSED_FIELDS: Final = {
     "return_hidden_states": "those of the prompt would be the base's.",
     "return_prompt_token_ids_logprob": "prompt log-probabilities would be the base's.",
-    "session_params": "a SGLang session keeps generated KV in the prompt. Send the whole context; its prefix is cached.",
-    "session_id": "a SGLang session keeps generated KV in the prompt. Send the whole context; its prefix is cached.",
+    "session_params": "a session would keep generated KV as prompt. Send the whole context; its prefix is cached.",
+    "session_id": "a session would keep generated KV as prompt. Send the whole context; its prefix is cached.",
     "lora_path": "serve each adapter as a decode module of its own (merge it into the weights).",
     "image_data": "text models only for now.",
     "video_data": "text models only for now.",

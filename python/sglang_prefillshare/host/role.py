@@ -65,6 +65,6 @@ def refuse_unsupported_pool(scheduler: Any) -> None:
     state_types = list(queue.kv_manager.kv_args.state_types or ())
     if not isinstance(pool, MHATokenToKVPool) or state_types:
         raise HandoffError(
-            f"this model keeps its KV in a {type(pool).__name__} with extra state {state_types}; PrefillShare hands over "
-            "multi-head and grouped-query attention caches (Llama, Qwen3, …). Serve it without --prefill-share-role."
+            f"this model keeps its KV in a {type(pool).__name__} with extra state {state_types}; PrefillShare hands "
+            "over multi-head and grouped-query attention caches (Llama, Qwen3, …). Serve it without a role."
         )

@@ -1,7 +1,7 @@
 """Every place where we reach into SGLang, in one table: what, why, and when it can go (contract 5).
 
-A seam is placed through SGLang's own hook registry, which logs failures and goes on. So each one is checked twice here: its
-parameters against those of the pinned SGLang before it is placed, and that it really is in place afterwards.
+A seam is placed through SGLang's own hook registry, which logs failures and goes on. So each one is checked twice here:
+its parameters against those of the pinned SGLang before it is placed, and that it really is in place afterwards.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def platform_seams() -> tuple[Seam, ...]:
 
 
 def role_seams(settings: RoleSettings) -> tuple[Seam, ...]:
-    """The seams of a role in this process: those of a scheduler where there is one, those of HTTP where there is one."""
+    """The seams of a role in this process; a child process gets those whose modules it has loaded."""
     from sglang.srt.platforms import current_platform
 
     from sglang_prefillshare.host.backend_choice import offer_backend
@@ -281,4 +281,6 @@ def _wanted_version() -> str:
         found = version("sglang")
     except PackageNotFoundError:
         found = "no version"
-    return f"Found SGLang {found}, wanted {SGLANG_VERSION}: install that one, or run `prefillshare doctor` for all seams."
+    return (
+        f"Found SGLang {found}, wanted {SGLANG_VERSION}: install that one, or run `prefillshare doctor` for all seams."
+    )

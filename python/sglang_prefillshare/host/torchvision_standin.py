@@ -28,12 +28,10 @@ class _Absent:
 
 
 class _StandInModule(ModuleType):
-    __path__: list[str] = []
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (_Absent,), {"__getattr__": None}) if name[0].isupper() else _refuse
+        return type(name, (_Absent,), {}) if name[0].isupper() else _refuse
 
 
 class _Modes(type):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 _fd: int | None = None
@@ -22,7 +23,5 @@ def wake() -> None:
 
 def drain() -> None:
     """Forget earlier wake-ups; called by the scheduler when it is about to look."""
-    try:
+    with contextlib.suppress(BlockingIOError):
         os.eventfd_read(wakeup_fd())
-    except BlockingIOError:
-        pass

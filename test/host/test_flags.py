@@ -1,0 +1,118 @@
+"""What a role does to the command line of `launch_server`: what it fills in, what it refuses, before anything loads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from test.support.models import make_base, make_decode_module
+
+_PARSE = """
+import json, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.server_args import prepare_server_args
+for line in sys.stdin:
+    argv = json.loads(line)
+    try:
+        args = prepare_server_args(argv)
+        names = ("disaggregation_mode", "disaggregation_transfer_backend", "disaggregation_decode_retraction_backup")
+        print("RESULT" + json.dumps({name: getattr(args, name) for name in names}), flush=True)
+    except SystemExit as exit:
+        print(f"EXIT{exit.code}", flush=True)
+    import os
+    os.environ.pop("SGLANG_PREFILL_SHARE_SETTINGS", None)
+"""
+
+
+class Parser:
+    """SGLang's argument parser in a process of its own; one command line after another."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _PARSE],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        )  # fmt: skip
+
+    def close(self) -> str:
+        _, errors = self._process.communicate(timeout=60)
+        return errors
+
+    def parse(self, *argv: object) -> str:
+        import json
+
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(json.dumps([str(word) for word in argv]) + "\n")
+        self._process.stdin.flush()
+        while line := self._process.stdout.readline():
+            if line.startswith(("RESULT", "EXIT")):
+                return line.strip()
+        raise AssertionError(self.close())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("flags")
+    make_base(folder / "base")
+    make_base(folder / "other", seed=9)
+    make_base(folder / "wide", head_dim=64)
+    make_decode_module(folder / "coder", folder / "base", seed=2)
+    make_decode_module(folder / "silent", folder / "base", seed=3, manifest=False)
+    return folder
+
+
+REFUSED = {
+    "prefill as decode": ("prefill base --disaggregation-mode decode", "contradicts --prefill-share-role prefill"),
+    "base without role": ("- base --prefill-share-base base", "need --prefill-share-role"),
+    "decode without base": ("decode coder", "needs --prefill-share-base MODEL"),
+    "prefill of another base": ("prefill base --prefill-share-base other", "Prefill serves the base itself"),
+    "no manifest": ("decode silent --prefill-share-base base", "has no prefillshare.json"),
+    "another base": ("decode coder --prefill-share-base other", "weights"),
+    "another shape": ("decode coder --prefill-share-base wide", "head_dim"),
+    "speculative decoding": ("decode coder --prefill-share-base base --speculative-algorithm EAGLE", "speculative"),
+    "several tokenizer workers": ("prefill base --tokenizer-worker-num 2", "tokenizer workers"),
+    "decode KV offload": (
+        "decode coder --prefill-share-base base --disaggregation-decode-enable-offload-kvcache", "generated KV",
+    ),
+    "no radix tree": ("prefill base --disable-radix-cache", "radix tree is what the decode modules share"),
+    "fake transfers": ("prefill base --disaggregation-transfer-backend fake", "moves no KV"),
+}  # fmt: skip
+
+
+def command_line(folder: Path, words: str) -> list[str]:
+    role, model, *rest = words.split()
+    names = {path.name for path in folder.iterdir()}
+    argv = ["--model-path", str(folder / model), *(str(folder / word) if word in names else word for word in rest)]
+    return argv if role == "-" else ["--prefill-share-role", role, *argv]
+
+
+def test_what_contradicts_a_role_is_refused_with_the_reason(folder: Path) -> None:
+    parser = Parser()
+    found = {name: parser.parse(*command_line(folder, words)) for name, (words, _) in REFUSED.items()}
+    errors = parser.close()
+    assert found == dict.fromkeys(REFUSED, "EXIT2")
+    lines = [line for line in errors.splitlines() if line.startswith("launch_server: error: ")]
+    assert len(lines) == len(REFUSED), errors
+    for (name, (_, words)), line in zip(REFUSED.items(), lines, strict=True):
+        assert words in line, f"{name}: {line}"
+
+
+def test_a_role_fills_in_what_it_needs(folder: Path) -> None:
+    parser = Parser()
+    config = folder / "config.yaml"
+    config.write_text(f"prefill-share-role: decode\nprefill-share-base: {folder / 'base'}\nmodel-path: {folder / 'coder'}\n")
+    prefill = parser.parse(*command_line(folder, "prefill base"))
+    decode = parser.parse(*command_line(folder, "decode silent --prefill-share-base base --prefill-share-allow-untrained"))
+    from_file = parser.parse("--config", config)
+    nixl = parser.parse(*command_line(folder, "prefill base --disaggregation-transfer-backend nixl"))
+    errors = parser.close()
+    assert '"disaggregation_mode": "prefill", "disaggregation_transfer_backend": "prefillshare"' in prefill, errors
+    assert '"disaggregation_mode": "decode"' in decode and '"cpu_tensor"' in decode
+    assert from_file == decode
+    assert '"disaggregation_transfer_backend": "nixl"' in nixl
+    assert "is served untrained" in errors
