@@ -158,9 +158,9 @@ def test_pools_return_and_the_next_request_succeeds(
     asyncio.run(run())
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def expendable(models: Models) -> Iterator[Deployment]:
-    """Servers of its own for a test that kills them."""
+    """Servers for the tests that kill them, in this order: first the coder, then the base."""
     with deploy(topology(models.base, {"coder": models.coder, "twin": models.twin})) as running:
         yield running
 
@@ -202,22 +202,22 @@ def test_a_killed_decode_worker_frees_its_pages_and_others_go_on(
 
 
 def test_a_killed_prefill_worker_fails_its_requests_at_once(expendable: Deployment, prompt: list[int]) -> None:
-    base, coder, twin = (expendable.worker(name) for name in ("base", "coder", "twin"))
+    base, twin = expendable.worker("base"), expendable.worker("twin")
 
     async def run() -> None:
         async with session() as client:
             # A decode leg that waits for its KV when prefill dies ...
-            await post_pair(client, base, coder, "/generate", greedy(prompt, 2))
-            waiting = asyncio.create_task(post(client, f"{coder.url}/generate", greedy(prompt, 4) | pairing(base)))
+            await post_pair(client, base, twin, "/generate", greedy(prompt, 2))
+            waiting = asyncio.create_task(post(client, f"{twin.url}/generate", greedy(prompt, 4) | pairing(base)))
             await asyncio.sleep(0.5)
             kill(base)
             started = time.monotonic()
             answer = await waiting
             # ... fails at once, by the peer's death and not by a time-out.
             assert answer.status == 500 and time.monotonic() - started < 5.0, answer
-            refused = await post(client, f"{expendable.router_url}/generate", greedy(prompt, 4, model="coder"))
+            refused = await post(client, f"{expendable.router_url}/generate", greedy(prompt, 4, model="twin"))
             assert refused.status in (502, 503), refused
             assert time.monotonic() - started < 12.0
-            await until_idle(client, [coder, twin])
+            await until_idle(client, [twin])
 
     asyncio.run(run())

@@ -80,6 +80,7 @@ REFUSED = {
         "decode coder --prefill-share-base base --disaggregation-decode-enable-offload-kvcache", "generated KV",
     ),
     "no radix tree": ("prefill base --disable-radix-cache", "radix tree is what the decode modules share"),
+    "our backend without role": ("- base --disaggregation-transfer-backend prefillshare", "needs --prefill-share-role"),
     "fake transfers": ("prefill base --disaggregation-transfer-backend fake", "moves no KV"),
 }  # fmt: skip
 
@@ -105,9 +106,13 @@ def test_what_contradicts_a_role_is_refused_with_the_reason(folder: Path) -> Non
 def test_a_role_fills_in_what_it_needs(folder: Path) -> None:
     parser = Parser()
     config = folder / "config.yaml"
-    config.write_text(f"prefill-share-role: decode\nprefill-share-base: {folder / 'base'}\nmodel-path: {folder / 'coder'}\n")
+    config.write_text(
+        f"prefill-share-role: decode\nprefill-share-base: {folder / 'base'}\nmodel-path: {folder / 'coder'}\n"
+    )
     prefill = parser.parse(*command_line(folder, "prefill base"))
-    decode = parser.parse(*command_line(folder, "decode silent --prefill-share-base base --prefill-share-allow-untrained"))
+    decode = parser.parse(
+        *command_line(folder, "decode silent --prefill-share-base base --prefill-share-allow-untrained")
+    )
     from_file = parser.parse("--config", config)
     nixl = parser.parse(*command_line(folder, "prefill base --disaggregation-transfer-backend nixl"))
     errors = parser.close()

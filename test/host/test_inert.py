@@ -36,7 +36,9 @@ def describe(model: Path, *, plugins: str) -> dict[str, Any]:
     """SGLang's resolved configuration and its patched functions, in a process with only these plugins."""
     command = [sys.executable, "-c", _DESCRIBE, "--model-path", str(model), "--dtype", "float32"]
     command += ["--random-seed", "1", "--port", "30500", "--nccl-port", "30501"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SGLANG_PLUGINS": plugins}, timeout=110)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "SGLANG_PLUGINS": plugins}, timeout=110
+    )
     assert done.returncode == 0, done.stderr
     line = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
     result: dict[str, Any] = json.loads(line.removeprefix("RESULT"))
