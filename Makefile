@@ -12,13 +12,13 @@ help: ## List the targets
 setup: ## Create .venv for this machine (CPU or CUDA; PREFILLSHARE_STACK chooses)
 	@scripts/setup.sh
 
-demo: setup ## Serve two decode modules from one base on this machine, and talk to them
+demo: setup ## Watch planner, coder and reviewer answer over one context that their base prefilled once
 	@$(PYTHON) examples/demo/run.py
 
-test: setup ## Run the tests that need no SGLang server
+test: setup ## Run the tests, on real SGLang servers with tiny models (about 10 minutes on two cores)
 	@$(PYTHON) -m pytest -q -m "not slow and not gpu" test
 
-test-slow: setup ## Run every test; those that wait for a GPU or a package skip themselves
+test-slow: setup ## Run every test, the full oracle set too (about 30 minutes)
 	@$(PYTHON) -m pytest -q test
 
 lint: setup ## Check style, format and types

@@ -19,9 +19,8 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import prepare_server_args
-from sglang.srt.arg_groups.choices import DISAGG_TRANSFER_BACKEND_CHOICES
 import sglang.srt.managers.scheduler, sglang.srt.disaggregation.decode, sglang.srt.disaggregation.prefill
-import sglang.srt.managers.tokenizer_manager, sglang.srt.entrypoints.http_server, sglang.srt.disaggregation.utils as utils
+import sglang.srt.managers.tokenizer_manager, sglang.srt.entrypoints.http_server
 import msgspec
 args = prepare_server_args(sys.argv[1:])
 args.resolve_once()

@@ -12,8 +12,8 @@ from sglang.srt.plugins import load_plugins
 
 load_plugins()
 
-from sglang_prefillshare.errors import SeamError
-from sglang_prefillshare.host import seams
+from sglang_prefillshare.errors import SeamError  # noqa: E402 - after SGLang's plugins, as in a server
+from sglang_prefillshare.host import seams  # noqa: E402
 
 
 @pytest.mark.parametrize("seam", seams.ALL, ids=lambda seam: f"{seam.target}-{seam.hook}")

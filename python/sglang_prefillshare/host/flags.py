@@ -75,8 +75,8 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
             _install(settings)
         elif args.disaggregation_transfer_backend == BACKEND_NAME:
             raise ConfigError(
-                "--disaggregation-transfer-backend prefillshare needs --prefill-share-role prefill or decode: it hands over "
-                "a base's KV. Add the role, or choose nixl."
+                "--disaggregation-transfer-backend prefillshare needs --prefill-share-role prefill or decode: it hands "
+                "over a base's KV. Add the role, or choose nixl."
             )
         elif getattr(args, "prefill_share_base", None) or getattr(args, "prefill_share_allow_untrained", False):
             raise ConfigError(
