@@ -81,6 +81,9 @@ REFUSED = {
     ),
     "no radix tree": ("prefill base --disable-radix-cache", "radix tree is what the decode modules share"),
     "our backend without role": ("- base --disaggregation-transfer-backend prefillshare", "needs --prefill-share-role"),
+    "an abbreviated flag": ("prefill base --disaggregation-mod decode", "contradicts --prefill-share-role prefill"),
+    "quantized base": ("prefill base --quantization fp8", "another KV"),
+    "random weights": ("prefill base --load-format dummy", "random weights"),
     "fake transfers": ("prefill base --disaggregation-transfer-backend fake", "moves no KV"),
 }  # fmt: skip
 

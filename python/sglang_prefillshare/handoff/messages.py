@@ -4,7 +4,8 @@
     prefill → decode   Pool       the answer: how to map mine, or Refused with the reason
     decode → prefill   Want       per request: this room's KV goes into so many of my pages
     prefill → decode   Pages      per chunk: these pages of mine hold it; the last one carries SGLang's metadata
-    decode → prefill   Pulled     all of it is copied: prefill may release its pages
+    decode → prefill   Pulled     all of it is copied
+    prefill → decode   Sealed     the pages were the room's until then: decode may use its copy
 
 A message is one msgpack frame behind a tag frame, so that SGLang's own control messages can share the socket.
 """
@@ -77,7 +78,13 @@ class Pulled(msgspec.Struct, tag=True, frozen=True):
     session: str
 
 
-Message = Register | Pool | Refused | Want | Pages | Pulled
+class Sealed(msgspec.Struct, tag=True, frozen=True):
+    """Without it decode could use a copy that it took while prefill, aborted, was already giving the pages away."""
+
+    room: int
+
+
+Message = Register | Pool | Refused | Want | Pages | Pulled | Sealed
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

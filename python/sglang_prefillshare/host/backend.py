@@ -234,7 +234,7 @@ class PrefillShareKVManager(CommonKVManager):
         elif isinstance(message, messages.Want):
             self._want(message)
         elif isinstance(message, messages.Pulled):
-            self.update_status(message.room, KVPoll.Success)
+            self._seal(message)
 
     def _register(self, message: messages.Register) -> None:
         try:
@@ -292,6 +292,13 @@ class PrefillShareKVManager(CommonKVManager):
         }
         self.req_to_decode_prefix_len[message.room] = message.prefix_tokens
         self.update_status(message.room, KVPoll.WaitingForInput)
+
+    def _seal(self, message: messages.Pulled) -> None:
+        """Tell decode that its copy is good, unless the room failed first: a failed room's pages may be reused."""
+        peer = self._decode_peers.get(message.session)
+        self.update_status(message.room, KVPoll.Success)
+        if peer is not None and self.request_status.get(message.room) == KVPoll.Success:
+            self._send(peer.host, peer.port, messages.Sealed(room=message.room))
 
     def add_transfer_request(
         self,
@@ -404,6 +411,8 @@ class PrefillShareKVManager(CommonKVManager):
     def _serve_prefill(self, message: messages.Message) -> None:
         if isinstance(message, messages.Pages):
             self._pull(message)
+        elif isinstance(message, messages.Sealed):
+            self.update_status(message.room, KVPoll.Success)
         elif isinstance(message, messages.Pool):
             try:
                 self._attach(message)
@@ -459,7 +468,6 @@ class PrefillShareKVManager(CommonKVManager):
                 self.update_status(message.room, KVPoll.Failed)
                 return
         if message.metadata is not None:
-            self.update_status(message.room, KVPoll.Success)
             self._send(*destination.prefill, messages.Pulled(room=message.room, session=self.session))
 
     def _write_metadata(self, index: int, rows: tuple[bytes, ...]) -> None:

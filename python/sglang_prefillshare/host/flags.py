@@ -57,12 +57,20 @@ def _remember_explicit_flags(parser: argparse.ArgumentParser) -> None:
     def parse_known_args(args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         words = list(sys.argv[1:] if args is None else args)
         parsed, rest = parse(words, namespace)
-        options = parser._option_string_actions
-        explicit = {options[name].dest for name in (word.split("=", 1)[0] for word in words) if name in options}
-        setattr(parsed, _EXPLICIT, explicit)
+        setattr(parsed, _EXPLICIT, set(filter(None, (_destination(parser, word) for word in words))))
         return parsed, rest
 
     setattr(parser, "parse_known_args", parse_known_args)  # noqa: B010 - this one parser only
+
+
+def _destination(parser: argparse.ArgumentParser, word: str) -> str | None:
+    """The setting that a word of the command line names, also when it is abbreviated; None for values."""
+    name = word.split("=", 1)[0]
+    options = parser._option_string_actions
+    if name not in options and name.startswith("--"):
+        matches = [option for option in options if option.startswith(name)]
+        name = matches[0] if len(matches) == 1 else name
+    return options[name].dest if name in options else None
 
 
 def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namespace) -> Any:
@@ -114,7 +122,7 @@ def configure(role: Role, args: argparse.Namespace) -> RoleSettings:
         setattr(args, name, value)
     if "disaggregation_transfer_backend" not in explicit:
         args.disaggregation_transfer_backend = BACKEND_NAME if on_cpu else "nixl"
-    _refuse_backend(args.disaggregation_transfer_backend, on_cpu=on_cpu)
+    _refuse_backend(args, on_cpu=on_cpu)
     _set_environment(args)
     return _identify(role, args)
 
@@ -160,6 +168,9 @@ _CONTRADICTIONS: Final[dict[Role | None, dict[str, tuple[Any, str]]]] = {
     },
     Role.PREFILL: {
         "disable_radix_cache": (False, "the radix tree is what the decode modules share"),
+        "quantization": (None, "it would compute another KV than the base has under its identity"),
+        "json_model_override_args": ("{}", "it would compute another KV than the base has under its identity"),
+        "prefill_share_allow_untrained": (False, "prefill serves the base, which needs no training"),
     },
     Role.DECODE: {
         "disaggregation_decode_enable_offload_kvcache": (
@@ -177,8 +188,8 @@ def _refuse_contradictions(role: Role, args: argparse.Namespace) -> None:
         found = getattr(args, name, wanted)
         if found != wanted and found:
             raise ConfigError(
-                f"{_flag(name)} {'' if found is True else found} cannot be used with --prefill-share-role {role}: "
-                f"{reason}. Remove the flag.".replace("  ", " ").replace(" cannot", " cannot")
+                f"{_flag(name)}{'' if found is True else f' {found}'} cannot be used with --prefill-share-role {role}: "
+                f"{reason}. Remove the flag."
             )
     if os.environ.get("SGLANG_RUST_SERVER", "0").lower() in ("1", "true"):
         raise ConfigError(
@@ -190,7 +201,12 @@ def _refuse_contradictions(role: Role, args: argparse.Namespace) -> None:
         )
 
 
-def _refuse_backend(backend: str, *, on_cpu: bool) -> None:
+def _refuse_backend(args: argparse.Namespace, *, on_cpu: bool) -> None:
+    backend = args.disaggregation_transfer_backend
+    if backend == BACKEND_NAME and args.tp_size > 1:
+        raise ConfigError(f"--tp-size {args.tp_size} cannot be used with the prefillshare backend yet. Choose nixl.")
+    if args.load_format == "dummy":
+        raise ConfigError("--load-format dummy serves random weights under the base's identity. Remove the flag.")
     if backend == "fake":
         raise ConfigError("--disaggregation-transfer-backend fake moves no KV. Choose prefillshare or nixl.")
     if backend == BACKEND_NAME and not on_cpu:
@@ -228,16 +244,23 @@ def _identify(role: Role, args: argparse.Namespace) -> RoleSettings:
                 f"--prefill-share-base is {base}, but this prefill worker serves {module}. Prefill serves the base "
                 "itself: leave --prefill-share-base out, or give the same model."
             )
-        identity = identify_base(module, tokenizer_path=args.tokenizer_path, chat_template=args.chat_template)
+        identity = identify_base(
+            module,
+            tokenizer_path=args.tokenizer_path,
+            chat_template=args.chat_template,
+            revision=args.revision,
+        )
         return RoleSettings(role, module, identity, True, args.disaggregation_transfer_backend)
     if base is None:
         raise ConfigError(
             "--prefill-share-role decode needs --prefill-share-base MODEL: the base that the decode module was "
             "fine-tuned from, and that its prefill workers serve."
         )
-    identity = identify_base(base, chat_template=args.chat_template)
+    # With a tokenizer path of its own, the worker tokenizes as a prefill worker with the same path does.
+    identity = identify_base(base, tokenizer_path=args.tokenizer_path, chat_template=args.chat_template)
     check_same_geometry(read_config(base), read_config(module))
-    check_tokenizer(args.tokenizer_path or module, identity, chat_template=args.chat_template)
+    if args.tokenizer_path is None:
+        check_tokenizer(module, identity, chat_template=args.chat_template, revision=args.revision)
     manifest = read_manifest(module)
     if manifest is not None:
         check_manifest(manifest, identity, module=module)

@@ -32,7 +32,12 @@ _CLOSED_PREFIXES: Final = {
     "/load_lora_adapter": "serve each adapter as a decode module of its own.",
     "/open_session": "send the whole context; its prefix is cached.",
     "/pause_generation": "retracted requests would be prefilled again by the base, generated tokens included.",
-    "/convert_pd_role": "a worker cannot change sides.",
+    "/begin_weight_update": _NEW_WEIGHTS,
+    "/end_weight_update": _NEW_WEIGHTS,
+    "/weights_checker": _NEW_WEIGHTS,
+    "/release_memory_occupation": "the KV pool is shared with other processes. Restart the worker.",
+    "/resume_memory_occupation": "the KV pool is shared with other processes. Restart the worker.",
+    "/pd_role_switch": "a worker cannot change sides.",
 }
 
 _leg: ContextVar[dict[str, int] | None] = ContextVar("prefill_share_leg", default=None)
