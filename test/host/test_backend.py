@@ -1,4 +1,4 @@
-"""The one promise of the backend that no request can show: a copy counts only if prefill still owned what was copied."""
+"""The one promise of the backend that no request shows: a copy counts only if prefill still owned what was copied."""
 
 from __future__ import annotations
 
