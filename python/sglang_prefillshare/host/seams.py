@@ -81,6 +81,16 @@ CPU: Final = (
         f"{_SCHEDULER}.on_idle", "idle:on_idle", "around", ("self",),
         "wait for work instead of spinning", "--sleep-on-idle also wakes for KV transfers",
     ),
+    Seam(
+        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend",
+        "cpu_attention:run_sdpa_forward_extend", "around",
+        (
+            "self", "query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_indices", "seq_lens",
+            "extend_prefix_lens", "extend_seq_lens", "encoder_lens", "scaling", "enable_gqa", "causal",
+            "is_cross_attn", "sliding_window_size",
+        ),
+        "a cached prefix costs no attention of its own again", "torch_native attends for the new tokens only",
+    ),
 )  # fmt: skip
 
 BOTH_ROLES: Final = (

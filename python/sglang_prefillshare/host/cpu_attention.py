@@ -1,0 +1,69 @@
+"""Attention over a cached prefix on a CPU, for the new tokens only.
+
+SGLang's `torch_native` backend pads the queries to the whole sequence and throws the prefix's rows away, so a prompt
+whose first 2,500 tokens are in the radix tree pays for the attention of 2,500 tokens again. Here the queries stay as
+many as there are new tokens. The keys, values and the arithmetic are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+_QUERY_BLOCK: Final = 512
+"""Rows of the causal mask that are built at a time; bounds its memory for long prompts."""
+
+
+def run_sdpa_forward_extend(
+    original: Callable[..., torch.Tensor],
+    self: Any,
+    query: torch.Tensor,
+    output: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    extend_prefix_lens: torch.Tensor,
+    extend_seq_lens: torch.Tensor,
+    encoder_lens: torch.Tensor | None = None,
+    scaling: float | None = None,
+    enable_gqa: bool = False,
+    causal: bool = False,
+    is_cross_attn: bool = False,
+    sliding_window_size: int | None = None,
+) -> torch.Tensor:
+    """Hook on `TorchNativeAttnBackend._run_sdpa_forward_extend`; shapes as there.
+
+    Causal self-attention only. Windows, encoders and cross-attention go to SGLang's own code.
+    """
+    has_window = sliding_window_size is not None and sliding_window_size > -1
+    if not causal or is_cross_attn or encoder_lens is not None or has_window:
+        return original(
+            self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, extend_prefix_lens,
+            extend_seq_lens, encoder_lens, scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
+        )  # fmt: skip
+    first = 0
+    rows = zip(req_pool_indices.tolist(), seq_lens.tolist(), extend_seq_lens.tolist(), strict=True)
+    for row, kv_len, q_len in rows:
+        slots = req_to_token[row, :kv_len]
+        key = k_cache[slots].to(query.dtype).movedim(0, 1).unsqueeze(0)
+        value = v_cache[slots].to(query.dtype).movedim(0, 1).unsqueeze(0)
+        for start in range(0, q_len, _QUERY_BLOCK):
+            end = min(start + _QUERY_BLOCK, q_len)
+            seen = kv_len - q_len + end  # keys that the block's last query may look at
+            mask = torch.ones(end - start, seen, dtype=torch.bool).tril(diagonal=seen - (end - start))
+            found = scaled_dot_product_attention(
+                query[first + start : first + end].movedim(0, 1).unsqueeze(0),
+                key[:, :, :seen],
+                value[:, :, :seen],
+                attn_mask=mask,
+                enable_gqa=enable_gqa,
+                scale=scaling,
+            )
+            output[first + start : first + end] = found.squeeze(0).movedim(1, 0)
+        first += q_len
+    return output
