@@ -1,6 +1,6 @@
 # `make` lists what there is to do.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint fmt bench-router clean
+.PHONY: help setup demo test test-slow lint fmt bench-router bench-idle clean
 
 PYTHON := .venv/bin/python
 # Several processes of several OpenMP threads each stall one another on a small machine.
@@ -32,6 +32,9 @@ fmt: setup ## Format the code and sort its imports
 
 bench-router: setup ## Measure what the router adds to a request
 	@$(PYTHON) benchmark/serving/router.py
+
+bench-idle: setup ## Measure what an idle deployment costs, and what waking it up costs
+	@$(PYTHON) benchmark/serving/idle.py
 
 clean: ## Remove .venv, caches and build outputs
 	rm -rf .venv build out .mypy_cache .pytest_cache .ruff_cache .hypothesis python/*.egg-info
