@@ -48,3 +48,10 @@ def plain_server(models: Models) -> Iterator[str]:
     """The base on an ordinary SGLang server: what the twin must be equal to."""
     with launch_server(models.base) as url:
         yield url
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first test to ask for servers waits for them to load, longer than a test may take otherwise."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(600))
