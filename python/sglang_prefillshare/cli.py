@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
 import signal
 import sys
@@ -127,8 +128,16 @@ def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path 
 @click.option("--load-margin-tokens", type=int, help="Prefill tokens in flight that cached prefixes are worth.")
 @click.option("--load-margin-ratio", type=float, help="Likewise, as a multiple of the least loaded worker's.")
 @click.option("--min-prefix-tokens", type=int, help="Shorter common prefixes do not decide where a request goes.")
-def route(prefill: tuple[str, ...], decode: tuple[str, ...], **settings: Any) -> None:
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="What is told on stderr; from info on, every worker that becomes ready, does not fit, or goes down.",
+)
+def route(prefill: tuple[str, ...], decode: tuple[str, ...], log_level: str, **settings: Any) -> None:
     """Run the router alone, in front of workers that already run."""
+    _log_to_stderr(log_level)
     from sglang_prefillshare.routing.config import PolicyConfig, RouterConfig
 
     modules: dict[str, list[str]] = {}
@@ -146,6 +155,13 @@ def route(prefill: tuple[str, ...], decode: tuple[str, ...], **settings: Any) ->
     from sglang_prefillshare.routing.server import serve
 
     serve(config)
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    # Of the libraries' own steps (server started, connection opened) nobody needs a line unless something is wrong.
+    for name in ("uvicorn", "asyncio", "aiohttp"):
+        logging.getLogger(name).setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
 
 
 @cli.command()
@@ -181,12 +197,23 @@ def identity_show(model: str) -> None:
 @identity.command("write")
 @click.argument("module", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--base", required=True, help="The base that MODULE was trained on: a folder, or a hub id.")
-def identity_write(module: Path, base: str) -> None:
-    """Write the manifest of MODULE, a folder, naming the base it was trained on."""
-    from sglang_prefillshare.identity.fingerprint import identify_base
+@click.option("--tokenizer-path", help="As the workers of base and MODULE are given it.")
+@click.option("--chat-template", help="As the workers of base and MODULE are given it.")
+def identity_write(module: Path, base: str, tokenizer_path: str | None, chat_template: str | None) -> None:
+    """Write the manifest of MODULE, a folder, naming the base it was trained on.
+
+    Refused, and nothing written, for a MODULE that a decode worker would refuse on this base: one of another shape, or
+    with another tokenizer or chat template.
+    """
+    from sglang_prefillshare.identity.fingerprint import check_tokenizer, identify_base, read_config
+    from sglang_prefillshare.identity.geometry import check_same_geometry
     from sglang_prefillshare.identity.manifest import Manifest, write_manifest
 
-    manifest = Manifest.for_base(base, identify_base(base))
+    check_same_geometry(read_config(base), read_config(module))
+    identity = identify_base(base, tokenizer_path=tokenizer_path, chat_template=chat_template)
+    if tokenizer_path is None:
+        check_tokenizer(module, identity, chat_template=chat_template)
+    manifest = Manifest.for_base(base, identity)
     path = write_manifest(module, manifest)
     click.echo(f"{path}: trained on {base} ({manifest.base_fingerprint})")
 

@@ -11,12 +11,12 @@
         model: ./models/coder
         args: {prefill-share-allow-untrained: true}
     router: {host: 127.0.0.1, port: 8000, args: {}}   # port left out or 0: a free one
-    env: {HF_HUB_OFFLINE: 1}          # for every worker
+    args: {dtype: bfloat16}           # for every worker; a worker's own args win, and `null` there takes one out
+    env: {HF_HUB_OFFLINE: 1}          # for every worker, likewise
 
 `args` holds flags of `sglang.launch_server` (for `router`: of `prefillshare route`) without their dashes. `true` is a
 switch, a list gives one flag several values, a mapping is passed as JSON, and `false` or `null` leaves the flag
-out, also where `up` would have filled in a default. An unknown or repeated key is an error. Starting what is
-described here is `deployment.py`'s task.
+out. An unknown or repeated key is an error. Starting what is described here is `deployment.py`'s task.
 """
 
 from __future__ import annotations
@@ -125,14 +125,16 @@ class RouterSettings:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """One base, the decode modules that read its KV, and the router before them."""
+    """One base, the decode modules that read its KV, and the router before them. `args` and `env` are all workers'."""
 
     base: WorkerSettings
     decode: tuple[DecodeModule, ...]
     router: RouterSettings = field(default_factory=RouterSettings)
+    args: Mapping[str, ArgValue] = field(default_factory=dict)
     env: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_flags(self.args, WORKER_FLAGS_OF_UP, "sglang.launch_server")
         if not self.decode:
             raise ConfigError("decode is empty, wanted at least one decode module.")
         names = [module.name for module in self.decode]
@@ -141,6 +143,21 @@ class Topology:
                 f"decode names {', '.join(repeated)} twice. Several workers of one module are `workers: N`, "
                 "and different modules need different names."
             )
+        workers = [self.base, *(module.settings for module in self.decode)]
+        if len({self.worker_api_key(settings) for settings in workers} - {None}) > 1:
+            raise ConfigError(
+                "api-key differs between the workers, and the router knows one key. "
+                "Give it once, in the topology's own args."
+            )
+
+    def args_of(self, settings: WorkerSettings) -> dict[str, ArgValue]:
+        """The flags of these workers: their own before those of all."""
+        return {**self.args, **settings.args}
+
+    def worker_api_key(self, settings: WorkerSettings) -> str | None:
+        """The key that these workers ask for."""
+        key = self.args_of(settings).get("api-key")
+        return key if isinstance(key, str) else None
 
 
 def load_topology(path: Path | str) -> Topology:
@@ -241,7 +258,7 @@ class _Parser:
 
     def topology(self, root: yaml.Node) -> Topology:
         self._refuse_repeats(root)
-        keys = self._mapping(root, "the topology", required=("base", "decode"), optional=("router", "env"))
+        keys = self._mapping(root, "the topology", required=("base", "decode"), optional=("router", "args", "env"))
         decode = keys["decode"]
         if not isinstance(decode, yaml.SequenceNode):
             raise self._error(decode, f"decode is {self._kind(decode)}, wanted a list of decode modules.")
@@ -251,6 +268,7 @@ class _Parser:
             base=self._settings(keys["base"], "base"),
             decode=tuple(self._module(node, f"decode[{index}]") for index, node in enumerate(decode.value)),
             router=self._router(keys["router"]) if "router" in keys else RouterSettings(),
+            args=self._shared_args(keys["args"]) if "args" in keys else {},
             env=self._env(keys["env"], "env") if "env" in keys else {},
         )
 
@@ -287,6 +305,12 @@ class _Parser:
             port=self._int(keys["port"], "router.port") if "port" in keys else 0,
             args=self._args(keys["args"], "router.args") if "args" in keys else {},
         )
+
+    def _shared_args(self, node: yaml.Node) -> dict[str, ArgValue]:
+        args = self._args(node, "args")
+        # Checked by `Topology` too, which does not know the line.
+        self._build(node, _check_flags, args=args, ours=WORKER_FLAGS_OF_UP, command="sglang.launch_server")
+        return args
 
     def _args(self, node: yaml.Node, where: str) -> dict[str, ArgValue]:
         # SGLang spells its flags with dashes, its own configuration files with either: both name the same flag.

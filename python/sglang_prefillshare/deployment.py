@@ -36,13 +36,13 @@ WORKER_HOST: Final = "127.0.0.1"
 BASE_NAME: Final = "base"
 ROUTER_NAME: Final = "router"
 
-CPU_ARGS: Final[Mapping[str, ArgValue]] = {"device": "cpu", "max-total-tokens": 32768}
-"""Filled in, where not given, on a host without an accelerator or for `device: cpu`. Without a limit of tokens SGLang
-takes most of the memory for KV. `null` in a topology's args leaves one of them out."""
-
 CPU_ENV: Final[Mapping[str, str]] = {"OMP_NUM_THREADS": "1"}
-"""Likewise, where neither the topology nor our own environment says otherwise: several processes with several OpenMP
-threads each wait for one another at barriers."""
+"""On a host without an accelerator or for `device: cpu`, where neither the topology nor our own environment says
+otherwise: several processes with several OpenMP threads each wait for one another at barriers. What else a CPU needs
+SGLang gets from our platform (`host/cpu_platform.py`), with or without `up`."""
+
+API_KEY_VARIABLE: Final = "PREFILLSHARE_WORKER_API_KEY"
+"""Hands the workers' key to the router, for which a flag would be readable by every user of the machine."""
 
 FIRST_PORT: Final = 11000
 LAST_PORT: Final = 21999
@@ -81,6 +81,7 @@ class WorkerPlan:
     command: tuple[str, ...]
     env: Mapping[str, str]
     ready_paths: tuple[str, ...]
+    api_key: str | None = field(default=None, repr=False)
 
     @property
     def url(self) -> str:
@@ -408,8 +409,8 @@ def plan_topology(
                 **own_args,
                 **({} if bootstrap_port is None else {"disaggregation-bootstrap-port": bootstrap_port}),
             }
-            is_cpu = settings.args.get("device", "cpu" if is_cpu_host else None) == "cpu"
-            args = {**ours, **(CPU_ARGS if is_cpu else {}), **settings.args}
+            args = {**ours, **topology.args_of(settings)}
+            is_cpu = args.get("device", "cpu" if is_cpu_host else None) == "cpu"
             plans.append(
                 WorkerPlan(
                     name=name if settings.workers == 1 else f"{name}.{index}",
@@ -421,6 +422,7 @@ def plan_topology(
                     command=(*options.worker_command, *flags_of(args)),
                     env=_worker_env(topology, settings, index=index, is_cpu=is_cpu, environ=environ),
                     ready_paths=(WORKER_INFO_PATH, "/health"),
+                    api_key=topology.worker_api_key(settings),
                 )
             )
     return plans, _plan_router(topology, plans, ports=ports, options=options, environ=environ)
@@ -452,6 +454,7 @@ def _plan_router(
     command = [*options.router_command, "--host", router.host, "--port", str(port)]
     for worker in workers:
         command += ["--prefill", worker.url] if worker.module is None else ["--decode", f"{worker.module}={worker.url}"]
+    api_key = next((worker.api_key for worker in workers if worker.api_key is not None), None)
     return WorkerPlan(
         name=ROUTER_NAME,
         role=None,
@@ -460,7 +463,7 @@ def _plan_router(
         port=port,
         bootstrap_port=None,
         command=(*command, *flags_of(router.args)),
-        env={**environ, "PYTHONUNBUFFERED": "1"},
+        env={**environ, "PYTHONUNBUFFERED": "1", **({} if api_key is None else {API_KEY_VARIABLE: api_key})},
         ready_paths=("/health",),
     )
 
@@ -535,11 +538,12 @@ def _is_free(host: str, port: int) -> bool:
 def probe(plan: WorkerPlan) -> str:
     """`ready` if every path answers 200, else what the first that does not answered."""
     host = plan.url.removeprefix("http://").rpartition(":")[0].strip("[]")
+    headers = {} if plan.api_key is None else {"Authorization": f"Bearer {plan.api_key}"}
     for path in plan.ready_paths:
         # SGLang's /health generates a token and takes a second at least, 20 s when the worker is stuck.
         connection = http.client.HTTPConnection(host, plan.port, timeout=25.0)
         try:
-            connection.request("GET", path)
+            connection.request("GET", path, headers=headers)
             response = connection.getresponse()
             status, body = response.status, response.read(200).decode(errors="replace").strip()
         except ConnectionRefusedError:

@@ -64,7 +64,9 @@ class Display:
             self._tell(worker, "ended")
 
     def on_line(self, worker: Worker, line: str) -> None:
-        if line and (not self._errors_only or _ERROR.search(line)):
+        # A server that is interrupted says so in a traceback, which is no error to tell.
+        is_error = worker.state is not State.STOPPING and _ERROR.search(line)
+        if line and (is_error or not self._errors_only):
             # A worker may colour its lines itself: keep that on a terminal, drop it elsewhere.
             self._print(worker, Text.from_ansi(line))
 

@@ -2,8 +2,8 @@
 
 Between us and a worker stands a small supervisor, `python -m sglang_prefillshare.process`. Its standard input is a
 pipe that only we hold open. When that closes, because we ask for an end or because we were killed, the supervisor ends
-the worker and everything that the worker started: SIGINT to its process group, then SIGTERM, then SIGKILL. As
-the subreaper of its descendants it also finds those that left the group.
+the worker and everything that the worker started: SIGINT, twice, to the worker's main process, then SIGTERM and SIGKILL
+to its process group. As the subreaper of its descendants it also finds those that left the group.
 
 What a worker is, and when it is ready, is `deployment.py`'s to know.
 """
@@ -211,8 +211,15 @@ def supervise(command: Sequence[str], *, report_fd: int, grace: StopGrace) -> in
         return 127
     os.write(report_fd, f"pid {child.pid}\n".encode())
 
-    # The signals still to send, each with how long to wait after it.
-    ladder = [(signal.SIGINT, grace.interrupt_s), (signal.SIGTERM, grace.terminate_s), (signal.SIGKILL, 5.0)]
+    # What is still to be sent: how, which signal, and how long to wait after it. The main process is asked first and
+    # alone: SGLang's ends its own children, and takes one that ends by itself for a crash, which it examines for 5 s.
+    # HTTP servers answer what is in flight after the first SIGINT, and do not wait for it after the second.
+    ladder = [
+        (os.kill, signal.SIGINT, 0.75 * grace.interrupt_s),
+        (os.kill, signal.SIGINT, 0.25 * grace.interrupt_s),
+        (os.killpg, signal.SIGTERM, grace.terminate_s),
+        (os.killpg, signal.SIGKILL, 5.0),
+    ]
     next_step_at: float | None = None
     watched: list[int] = [sys.stdin.fileno(), wake_read]
     while (status := _reap(child.pid)) is None:
@@ -225,10 +232,10 @@ def supervise(command: Sequence[str], *, report_fd: int, grace: StopGrace) -> in
             watched.remove(sys.stdin.fileno())
             next_step_at = time.monotonic() if next_step_at is None else next_step_at
         if next_step_at is not None and time.monotonic() >= next_step_at:
-            number, wait_s = ladder[0]
+            send, number, wait_s = ladder[0]
             ladder = ladder[1:] or ladder
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(child.pid, number)
+                send(child.pid, number)
             next_step_at = time.monotonic() + wait_s
     child.returncode = status  # reaped above; spares Popen a complaint
     _kill_descendants(timeout_s=5.0)

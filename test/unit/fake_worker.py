@@ -1,7 +1,8 @@
 """A process that answers like an SGLang worker or our router, as well or as badly as `--fake` says.
 
 Takes the flags that a real one gets and ignores them, but for host, port and:
-  --fake dies-at-start | dies-later | never-ready | ignores-signals | forks     (may be given several)
+  --fake dies-at-start | dies-later | never-ready | ignores-signals | forks | parent     (may be given several)
+  --api-key KEY: without it, everything but /health answers 401
   --fake-ready-after SECONDS
 """
 
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--served-model-name", default="router")
     parser.add_argument("--prefill-share-role", default="prefill")
     parser.add_argument("--disaggregation-bootstrap-port", type=int)
+    parser.add_argument("--api-key")
     parser.add_argument("--fake", nargs="*", default=[])
     parser.add_argument("--fake-ready-after", type=float, default=0.0)
     args, _ = parser.parse_known_args()
@@ -42,6 +44,8 @@ def main() -> None:
             signal.signal(number, lambda number, _: print(f"ignoring {number}", flush=True))
     else:
         signal.signal(signal.SIGINT, _leave)
+    if "parent" in fakes:
+        _become_parent()
     if "forks" in fakes:
         sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
         subprocess.Popen(sleep)
@@ -68,7 +72,7 @@ def main() -> None:
         version=__version__,
     )
     body = json.dumps(info.to_json()).encode()
-    ThreadingHTTPServer((args.host, args.port), _handler(ready_at, body)).serve_forever()
+    ThreadingHTTPServer((args.host, args.port), _handler(ready_at, body, args.api_key)).serve_forever()
 
 
 def _leave(number: int, _: object) -> None:
@@ -76,9 +80,35 @@ def _leave(number: int, _: object) -> None:
     os._exit(0)
 
 
-def _handler(ready_at: float, body: bytes) -> type[BaseHTTPRequestHandler]:
+def _become_parent() -> None:
+    """As SGLang: a child in our process group that tells of every signal, and that we end ourselves."""
+    child = subprocess.Popen(
+        [
+            *(sys.executable, "-c"),
+            "import signal, time\n"
+            "for number in (signal.SIGINT, signal.SIGTERM):\n"
+            "    signal.signal(number, lambda number, _: print(f'child got {number}', flush=True))\n"
+            "print('child is here', flush=True)\n"
+            "while True: time.sleep(600)",
+        ]
+    )
+
+    def leave(number: int, _: object) -> None:
+        time.sleep(0.3)  # time for the child to tell that it got one too
+        child.kill()
+        cause = signal.Signals(-child.wait()).name
+        print(f"leaving on {signal.Signals(number).name} after its child was ended by {cause}", flush=True)
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, leave)
+
+
+def _handler(ready_at: float, body: bytes, api_key: str | None) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if api_key and self.path != "/health" and self.headers["authorization"] != f"Bearer {api_key}":
+                self.send_error(401)
+                return
             is_ready = time.monotonic() >= ready_at
             self.send_response(200 if is_ready else 503)
             self.send_header("content-length", str(len(body) if is_ready else 0))

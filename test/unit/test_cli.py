@@ -17,7 +17,10 @@ import pytest
 import yaml
 
 from sglang_prefillshare import __version__, cli
+from sglang_prefillshare.identity.fingerprint import identify_base
+from sglang_prefillshare.identity.manifest import FILE_NAME, check_manifest, read_manifest
 from test.unit.deploying import FAKE_COMMAND, marked, new_mark, nothing_left, topology_data, wait_until
+from test.unit.identity.tiny import edit_json, write_model
 
 CLI = (sys.executable, "-m", "sglang_prefillshare.cli")
 
@@ -100,6 +103,63 @@ def test_a_wrong_setting_exits_2_with_one_line(tmp_path: Path, capsys: pytest.Ca
 def test_a_decode_worker_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["route", "--prefill", "http://a:1", "--decode", "http://b:2"]) == 2
     assert "wanted NAME=URL" in capsys.readouterr().err
+
+
+# ---- identity write ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """A base and a module that fits it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return write_model(tmp_path / "base"), write_model(tmp_path / "module")
+
+
+def test_identity_write_names_the_base_of_a_module_that_fits(models: tuple[Path, Path]) -> None:
+    base, module = models
+    assert cli.run(["identity", "write", str(module), "--base", str(base)]) == 0
+    manifest = read_manifest(module)
+    assert manifest is not None
+    check_manifest(manifest, identify_base(base))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("config.json", {"num_hidden_layers": 3}, "num_hidden_layers is 3"),
+        ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}, "the tokenizer of"),
+        ("tokenizer_config.json", {"chat_template": "{{ messages }}"}, "the chat template of"),
+    ],
+)
+def test_identity_write_refuses_what_a_worker_would_refuse(
+    models: tuple[Path, Path], capsys: pytest.CaptureFixture[str], file: str, change: dict[str, Any], said: str
+) -> None:
+    base, module = models
+    edit_json(module / file, **change)
+    assert cli.run(["identity", "write", str(module), "--base", str(base)]) == 1
+    assert said in capsys.readouterr().err
+    assert not (module / FILE_NAME).exists()
+
+
+def test_identity_write_takes_tokenizer_and_template_as_workers_do(models: tuple[Path, Path], tmp_path: Path) -> None:
+    base, module = models
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages }}!")
+    edit_json(module / "tokenizer_config.json", chat_template="{{ messages }}")  # of no account with a common one
+    argv = ["identity", "write", str(module), "--base", str(base)]
+    assert cli.run([*argv, "--chat-template", str(template)]) == 0
+    manifest = read_manifest(module)
+    assert manifest is not None
+    assert manifest.components == identify_base(base, chat_template=str(template)) != identify_base(base)
+
+    edit_json(module / "tokenizer.json", normalizer={"type": "Lowercase"})
+    assert cli.run([*argv, "--tokenizer-path", str(module)]) == 0
+    manifest = read_manifest(module)
+    assert manifest is not None
+    assert manifest.components == identify_base(base, tokenizer_path=module) != identify_base(base)
+
+
+# ---- up ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -28,6 +28,7 @@ def test_a_whole_topology_is_read(tmp_path: Path) -> None:
             args: {mem_fraction_static: 0.850, prefill-share-allow-untrained: true, lora-paths: [a, b=c]}
             env: {A: 1, GONE: null}
         router: {host: 0.0.0.0, port: 8000}
+        args: {dtype: float32, page_size: 16}
         env: {B: "yes"}
         """
     )
@@ -43,12 +44,22 @@ def test_a_whole_topology_is_read(tmp_path: Path) -> None:
     ]
     assert dict(coder.settings.env) == {"A": "1", "GONE": None}
     assert topology.router == RouterSettings(host="0.0.0.0", port=8000)
+    assert dict(topology.args) == {"dtype": "float32", "page-size": "16"}
     assert dict(topology.env) == {"B": "yes"}
 
 
-def test_the_example_is_a_topology() -> None:
-    text = EXAMPLE.read_text()
-    assert parse_topology(text, source=EXAMPLE.name, directory=EXAMPLE.parent).decode
+def test_the_example_is_a_topology(tmp_path: Path) -> None:
+    for name in ("base", "planner", "coder"):
+        (tmp_path / "out" / "models" / name).mkdir(parents=True)
+    assert parse_topology(EXAMPLE.read_text(), source=EXAMPLE.name, directory=tmp_path).decode
+
+
+def test_a_workers_own_args_win_and_null_takes_one_out() -> None:
+    topology = parse(
+        "{base: {model: m}, decode: [{name: a, model: m, args: {b: 2, c: null}}], args: {a: 1, b: 1, c: 1}}"
+    )
+    assert flags_of(topology.args_of(topology.base)) == ["--a", "1", "--b", "1", "--c", "1"]
+    assert flags_of(topology.args_of(topology.decode[0].settings)) == ["--a", "1", "--b", "2"]
 
 
 def test_models_are_looked_up_beside_the_file_first_then_where_we_are(
@@ -122,6 +133,9 @@ DECODE = "decode: [{name: a, model: m}]"
         (f"base: {{model: m, args: {{port: 1}}}}\n{DECODE}", "args sets port, which `prefillshare up` sets itself"),
         (f"base: {{model: m, args: {{served_model_name: x}}}}\n{DECODE}", "Use the keys model and name"),
         (f"base: {{model: m, args: {{a-b: 1, a_b: 2}}}}\n{DECODE}", "base.args has a-b twice"),
+        (f"base: {{model: m}}\n{DECODE}\nargs: {{port: 1}}", "t.yaml:3: args sets port, which `prefillshare up` sets"),
+        (f"base: {{model: m}}\n{DECODE}\nargs: [a]", "t.yaml:3: args is a list, wanted a mapping"),
+        (f"base: {{model: m, args: {{api-key: x}}}}\n{DECODE}\nargs: {{api-key: y}}", "api-key differs"),
         (f"base: {{model: m, args: {{a: []}}}}\n{DECODE}", "base.args.a is an empty list"),
         (f"base: {{model: m, env: {{A: true}}}}\n{DECODE}", "base.env.A is true, which YAML reads as a boolean"),
         (f"base: {{model: m}}\n{DECODE}\nrouter: {{port: 70000}}", "t.yaml:3: router: port is 70000"),

@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -98,28 +99,44 @@ def test_ports_that_sglang_derives_do_not_meet_another_workers(tmp_path: Path) -
     assert max(taken) < 22000  # SGLang draws random ports from there on
 
 
-def test_args_become_flags_and_cpu_defaults_give_way_to_them(tmp_path: Path) -> None:
+def test_args_become_flags(tmp_path: Path) -> None:
     args = {"max-total-tokens": 500, "disable-radix-cache": True, "lora-paths": ["a", "b"], "sleep-on-idle": False}
-    data = topology_data(tmp_path, "", base={"args": args}, coder={"args": {"max-total-tokens": None}})
-    (base, coder), _ = plan(data, tmp_path, is_cpu_host=True)
-
-    assert flag(base, "--device") == "cpu"
+    (base, _), _ = plan(topology_data(tmp_path, "", base={"args": args}), tmp_path)
     assert flag(base, "--max-total-tokens") == "500"
-    assert base.command.count("--max-total-tokens") == 1
     assert base.command[base.command.index("--lora-paths") :][1:3] == ("a", "b")
     assert "--disable-radix-cache" in base.command
     assert "--sleep-on-idle" not in base.command
-    assert flag(coder, "--device") == "cpu"
-    assert "--max-total-tokens" not in coder.command
 
 
-def test_cpu_defaults_are_for_cpu_workers_only(tmp_path: Path) -> None:
-    data = topology_data(tmp_path, "", coder={"args": {"device": "cpu"}})
-    (base, coder), _ = plan(data, tmp_path, is_cpu_host=False)
-    assert "--device" not in base.command
+def test_args_of_all_workers_give_way_to_a_workers_own(tmp_path: Path) -> None:
+    own = {"page-size": 1, "dtype": None, "watchdog-timeout": 9}
+    data = topology_data(tmp_path, "", coder={"args": own}, args={"dtype": "float32", "page_size": 16})
+    (base, coder), router = plan(data, tmp_path)
+    assert (flag(base, "--dtype"), flag(base, "--page-size"), flag(base, "--watchdog-timeout")) == (
+        "float32",
+        "16",
+        None,
+    )
+    assert (flag(coder, "--dtype"), flag(coder, "--page-size"), flag(coder, "--watchdog-timeout")) == (None, "1", "9")
+    assert coder.command.count("--page-size") == 1
+    assert "--dtype" not in router.command
+
+
+@pytest.mark.parametrize("is_cpu_host", [False, True])
+def test_workers_on_a_cpu_get_one_openmp_thread(tmp_path: Path, is_cpu_host: bool) -> None:
+    data = topology_data(tmp_path, "", base={"args": {"device": "cuda"}}, coder={"args": {"device": "cpu"}})
+    data["decode"].append({"name": "twin", "model": "model"})
+    (base, coder, twin), _ = plan(data, tmp_path, is_cpu_host=is_cpu_host)
     assert "OMP_NUM_THREADS" not in base.env
-    assert flag(coder, "--max-total-tokens") == "32768"
     assert coder.env["OMP_NUM_THREADS"] == "1"
+    assert twin.env.get("OMP_NUM_THREADS") == ("1" if is_cpu_host else None)
+
+
+def test_the_workers_key_is_handed_to_the_router_and_not_shown(tmp_path: Path) -> None:
+    workers, router = plan(topology_data(tmp_path, "", args={"api-key": "sesame"}), tmp_path)
+    assert [flag(worker, "--api-key") for worker in workers] == ["sesame", "sesame"]
+    assert router.env["PREFILLSHARE_WORKER_API_KEY"] == "sesame"
+    assert "sesame" not in router.command
 
 
 def test_env_of_the_worker_wins_over_the_topologys_over_ours_over_defaults(tmp_path: Path) -> None:
@@ -184,6 +201,33 @@ def test_the_router_that_it_starts_finds_the_workers(tmp_path: Path, mark: str) 
     ):
         models = json.load(answer)
     assert [model["id"] for model in models["data"]] == ["coder"]
+    assert deployment.router is not None
+    told = "\n".join(deployment.router.tail())
+    assert f"INFO router listens on {deployment.router_url}" in told
+    for worker in (
+        "prefill worker " + deployment.worker("base").url,
+        f"worker {deployment.worker('coder').url} of 'coder'",
+    ):
+        assert f"INFO {worker}: starting -> ready" in told
+    assert "uvicorn" not in told.lower() and "server process" not in told
+
+
+def test_a_router_is_as_quiet_as_its_log_level(tmp_path: Path, mark: str) -> None:
+    topology = fake_topology(tmp_path, mark, router={"args": {"log-level": "error"}})
+    with Deployment(topology, options=fake_options(router_command=ROUTER_COMMAND)) as deployment:
+        pass
+    assert deployment.router is not None
+    assert deployment.router.tail() == []
+
+
+def test_workers_with_a_key_become_ready_and_are_found_by_the_router(tmp_path: Path, mark: str) -> None:
+    topology = fake_topology(tmp_path, mark, args={"api-key": "sesame"})
+    with Deployment(topology, options=fake_options(router_command=ROUTER_COMMAND)) as deployment:
+        base = deployment.worker("base")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{base.url}/prefill_share", timeout=5)
+        with urllib.request.urlopen(f"{deployment.router_url}/health", timeout=5) as answer:
+            assert answer.status == 200
 
 
 def test_a_ready_file_describes_the_deployment_for_as_long_as_it_serves(tmp_path: Path, mark: str) -> None:
@@ -299,9 +343,18 @@ def test_a_worker_that_ignores_signals_is_killed_when_its_grace_is_over(tmp_path
         began = time.monotonic()
     assert time.monotonic() - began >= 0.8
     coder = deployment.worker("coder")
-    assert coder.tail()[-2:] == ["ignoring 2", "ignoring 15"]
+    assert coder.tail()[-3:] == ["ignoring 2", "ignoring 2", "ignoring 15"]
     assert coder.process is not None
     assert coder.process.status == -signal.SIGKILL
+
+
+def test_a_workers_children_are_left_to_it_for_as_long_as_it_may_end_by_itself(tmp_path: Path, mark: str) -> None:
+    topology = fake_topology(tmp_path, mark, coder={"args": {"fake": "parent"}})
+    with Deployment(topology, options=fake_options()) as deployment:
+        assert wait_until(lambda: "child is here" in deployment.worker("coder").tail())
+    told = deployment.worker("coder").tail()
+    assert told[-1] == "leaving on SIGINT after its child was ended by SIGKILL"
+    assert not [line for line in told if line.startswith("child got")]
 
 
 def test_what_a_worker_forked_ends_with_it(tmp_path: Path, mark: str) -> None:

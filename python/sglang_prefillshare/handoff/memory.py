@@ -69,17 +69,21 @@ class SharedRegion:
             if process_start(handle.pid) != handle.started:
                 raise HandoffError(f"process {handle.pid} is not the prefill worker that offered its KV pool any more.")
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                found = os.fstat(fd).st_size
+                if found != handle.size:
+                    raise HandoffError(
+                        f"process {handle.pid} offered {handle.size} bytes, the region has {found}. "
+                        "Start prefill and decode in the same version."
+                    )
+                return cls(mmap.mmap(fd, handle.size, prot=mmap.PROT_READ), handle=handle)
+            finally:
+                os.close(fd)
         except OSError as error:
             raise HandoffError(
                 f"cannot map the KV pool of process {handle.pid}: {error.strerror}. Prefill and decode must run on one "
                 "host, in one PID namespace, as one user; across hosts choose --disaggregation-transfer-backend nixl."
             ) from error
-        try:
-            if os.fstat(fd).st_size != handle.size:
-                raise HandoffError(f"process {handle.pid} offered {handle.size} bytes, the region has another size.")
-            return cls(mmap.mmap(fd, handle.size, prot=mmap.PROT_READ), handle=handle)
-        finally:
-            os.close(fd)
 
     @classmethod
     def owning(cls, address: int) -> tuple[SharedRegion, int] | None:

@@ -103,5 +103,5 @@ def decode(frames: list[bytes]) -> Message | None:
         raise HandoffError(f"a control message has {len(frames)} frames, wanted 2.")
     try:
         return _decoder.decode(frames[1])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise HandoffError(f"a control message does not decode: {error}.") from error

@@ -416,7 +416,7 @@ class PrefillShareKVManager(CommonKVManager):
         elif isinstance(message, messages.Pool):
             try:
                 self._attach(message)
-            except HandoffError as error:
+            except (HandoffError, ValueError) as error:  # ValueError: offsets or counts that do not fit the region
                 self._refuse(message.bootstrap_addr, str(error))
         elif isinstance(message, messages.Refused):
             self._refuse(message.bootstrap_addr, message.reason)

@@ -1,0 +1,34 @@
+"""`display.py`: which lines of a worker are shown when the others go to a file."""
+
+from __future__ import annotations
+
+from io import StringIO
+
+from rich.console import Console
+
+from sglang_prefillshare.deployment import State, Worker, WorkerPlan
+from sglang_prefillshare.display import Display
+
+
+def shown(line: str, *, state: State, errors_only: bool) -> str:
+    plan = WorkerPlan("coder", None, None, "127.0.0.1", 1, None, ("true",), {}, ())
+    worker = Worker(plan)
+    out = StringIO()
+    with Display(errors_only=errors_only, console=Console(file=out)) as display:
+        display.on_state(worker)
+        worker.state = state
+        display.on_line(worker, line)
+    return out.getvalue()
+
+
+def test_with_logs_elsewhere_only_errors_are_shown() -> None:
+    for line in ("Traceback (most recent call last):", "[12:00] ERROR: no memory", "ValueError: 3"):
+        assert shown(line, state=State.READY, errors_only=True) == f"[coder] {line}\n"
+    assert shown("loading weights", state=State.READY, errors_only=True) == ""
+    assert shown("loading weights", state=State.READY, errors_only=False) == "[coder] loading weights\n"
+
+
+def test_the_traceback_of_a_worker_that_is_told_to_stop_is_no_error() -> None:
+    line = "Traceback (most recent call last):"
+    assert shown(line, state=State.STOPPING, errors_only=True) == ""
+    assert shown(line, state=State.STOPPING, errors_only=False) == f"[coder] {line}\n"
