@@ -35,11 +35,14 @@ def prefill_manager(status: KVPoll) -> tuple[backend.PrefillShareKVManager, list
     return manager, sent
 
 
-def test_a_copy_of_a_live_room_is_sealed() -> None:
+def test_a_copy_of_a_live_room_is_sealed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the scheduler is so quick that it has closed the room before the control thread goes on."""
     manager, sent = prefill_manager(KVPoll.Transferring)
+    closed: list[KVPoll] = []
+    monkeypatch.setattr(backend.wakeup, "wake", lambda: closed.append(manager.request_status.pop(ROOM)))
     manager._serve_decode(messages.Pulled(room=ROOM, session=SESSION))
     assert sent == [messages.Sealed(room=ROOM)]
-    assert manager.request_status[ROOM] == KVPoll.Success
+    assert closed == [KVPoll.Success]
 
 
 @pytest.mark.parametrize("status", [KVPoll.Failed, None])

@@ -19,7 +19,8 @@ import msgspec
 from sglang_prefillshare.errors import HandoffError
 from sglang_prefillshare.handoff.geometry import KVGeometry
 
-TAG: Final = b"PREFILLSHARE/1"
+TAG: Final = b"PREFILLSHARE/2"
+"""Raised with every change of the messages: peers of two versions do not understand each other, and must not try."""
 
 
 class Register(msgspec.Struct, tag=True, frozen=True):

@@ -296,9 +296,11 @@ class PrefillShareKVManager(CommonKVManager):
     def _seal(self, message: messages.Pulled) -> None:
         """Tell decode that its copy is good, unless the room failed first: a failed room's pages may be reused."""
         peer = self._decode_peers.get(message.session)
-        self.update_status(message.room, KVPoll.Success)
-        if peer is not None and self.request_status.get(message.room) == KVPoll.Success:
+        is_alive = self.request_status.get(message.room) not in (None, KVPoll.Failed)
+        if peer is not None and is_alive:
             self._send(peer.host, peer.port, messages.Sealed(room=message.room))
+        # Last: the scheduler wakes up, releases the pages and closes the room.
+        self.update_status(message.room, KVPoll.Success)
 
     def add_transfer_request(
         self,

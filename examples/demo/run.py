@@ -1,0 +1,381 @@
+"""Three models with different weights answer over one context that a base model, which they share, prefilled once.
+
+    python examples/demo/run.py
+
+Serves SmolLM2-135M-Instruct as the base, and planner, coder and reviewer (untrained stand-ins, see `models.py`) as its
+decode modules. A program in SGLang's frontend language then lets them talk in turns about a document and a problem of
+HumanEval; a second conversation goes through the `openai` client. Prints what was reused, and lets plain Transformers
+check every token. Writes report.json and transcript.json to the folder --out; Ctrl-C ends everything at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import click
+from rich.console import Console
+from rich.text import Text
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as a script, too, the demo is the package examples.demo
+
+from examples.demo.material import CHAT_PROBLEM, FRONTEND_PROBLEM, library_document, load_problem
+from examples.demo.models import BASE_NAME, prepare_models
+from examples.demo.oracle import NOISE
+from examples.demo.program import AGENTS, Call, OnText, Script, Step, play
+from examples.demo.report import CallFigures, computed_without_sharing, figures, sessions, table
+from sglang_prefillshare.config import ArgValue, DecodeModule, Topology, WorkerSettings
+from sglang_prefillshare.deployment import (
+    Deployment,
+    DeploymentOptions,
+    State,
+    StopRequestedError,
+    Worker,
+    has_accelerator,
+)
+from sglang_prefillshare.display import Display
+from sglang_prefillshare.errors import ConfigError, PrefillShareError
+
+KV_POOL_TOKENS: Final = 16384
+RECORD_TIMEOUT_S: Final = 10.0
+EXIT_INTERRUPTED: Final = 130
+MODULE_STYLES: Final = {"planner": "cyan", "coder": "green", "reviewer": "magenta"}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the command was told. `dtype` is that of weights and KV; only float32 can be compared token by token."""
+
+    out: Path
+    models: Path
+    turns: int
+    max_new_tokens: int
+    dtype: str
+    keep_serving: bool
+
+
+@click.command(help=__doc__.split("\n\n", 1)[0])
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), default=Path("out/demo"), show_default=True)
+@click.option(
+    "--models", type=click.Path(file_okay=False, path_type=Path), default=Path("out/models"), show_default=True
+)
+@click.option("--turns", type=click.IntRange(1, 20), default=2, show_default=True, help="Rounds of all agents.")
+@click.option("--max-new-tokens", type=click.IntRange(1, 512), default=40, show_default=True, help="Of each answer.")
+@click.option(
+    "--dtype",
+    type=click.Choice(sorted(NOISE)),
+    default=lambda: "bfloat16" if has_accelerator() else "float32",
+    show_default="float32, on a GPU bfloat16",
+    help="Of weights and KV. On a CPU float32 is faster, and exact enough to compare every token.",
+)
+@click.option("--keep-serving", is_flag=True, help="Go on serving afterwards, until Ctrl-C.")
+@click.pass_context
+def main(context: click.Context, **options: Any) -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # bars of Transformers; the demo shows its own progress
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is here already
+    interrupts = Interrupts()
+    interrupts.install()
+    try:
+        context.exit(run(Settings(**options), interrupts, Console(highlight=False)))
+    except (KeyboardInterrupt, StopRequestedError):
+        click.echo("interrupted; nothing is left running", err=True)
+        context.exit(EXIT_INTERRUPTED)
+    except PrefillShareError as error:
+        click.echo(f"demo: {error}", err=True)
+        context.exit(2 if isinstance(error, ConfigError) else 1)
+
+
+class Interrupts:
+    """Ctrl-C, SIGTERM and SIGHUP: an exception where our own code runs, a request where a deployment starts or ends.
+
+    A deployment counts its processes itself and must not be torn out of that; a second signal makes it hurry.
+    """
+
+    def __init__(self) -> None:
+        self._deployment: Deployment | None = None
+        self._is_ending = False
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        warnings.simplefilter("ignore")  # the frontend language warns of every stream that breaks off
+        if self._deployment is not None:
+            self._deployment.request_stop()
+        elif not self._is_ending:
+            self._is_ending = True
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def told_to(self, deployment: Deployment) -> Iterator[None]:
+        self._deployment = deployment
+        try:
+            yield
+        finally:
+            self._deployment = None
+
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        """Inside `told_to`: for code of our own, an exception again."""
+        deployment, self._deployment = self._deployment, None
+        try:
+            yield
+        finally:
+            self._deployment = deployment
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the demo found out, in the order in which it does."""
+
+    calls: list[Call] = field(default_factory=list)
+    figures: list[CallFigures] = field(default_factory=list)
+    verdicts: list[dict[str, Any]] = field(default_factory=list)
+
+    def report(self, settings: Settings) -> dict[str, Any]:
+        by_session = sessions(self.figures)
+        return {
+            "calls": [call.to_json() for call in self.figures],
+            "computed_prompt_tokens": sum(session.computed_prompt_tokens for session in by_session),
+            "final_context_tokens": sum(session.final_context_tokens for session in by_session),
+            "computed_without_sharing": computed_without_sharing(self.calls),
+            "oracle_checked": len(self.verdicts),
+            "oracle_equal": sum(verdict["is_equal"] for verdict in self.verdicts),
+            "oracle": self.verdicts,
+            "sessions": {
+                session.client: {
+                    "computed_prompt_tokens": session.computed_prompt_tokens,
+                    "final_context_tokens": session.final_context_tokens,
+                }
+                for session in by_session
+            },
+            "decode_modules": "untrained stand-ins",
+            "config": {
+                "base": BASE_NAME,
+                "dtype": settings.dtype,
+                "turns": settings.turns,
+                "max_new_tokens": settings.max_new_tokens,
+                "problems": {"frontend": FRONTEND_PROBLEM, "openai": CHAT_PROBLEM},
+            },
+        }
+
+
+def run(settings: Settings, interrupts: Interrupts, console: Console) -> int:
+    """The whole demo; returns the exit status."""
+    began_s = time.monotonic()
+    _introduce(console)
+    models = prepare_models(settings.models, console=console)
+    scripts = [
+        Script(library_document(), load_problem(task).prompt, settings.turns, AGENTS, settings.max_new_tokens)
+        for task in (FRONTEND_PROBLEM, CHAT_PROBLEM)
+    ]
+    settings.out.mkdir(parents=True, exist_ok=True)
+    outcome = Outcome()
+    with _QuietEnding(errors_only=True) as display:
+        display.say("Starting base, planner, coder, reviewer and router (about a minute on two cores) ...")
+        options = DeploymentOptions(log_dir=settings.out / "logs")
+        deployment = Deployment(topology(models, dtype=settings.dtype), options=options, observer=display)
+        with interrupts.told_to(deployment), deployment:
+            with interrupts.raised():
+                try:
+                    outcome.calls = _converse(deployment.router_url, models, scripts, console)
+                except Exception:
+                    deployment.check()  # a worker that ended is the cause, and says more
+                    raise
+                finally:
+                    console.print()
+                outcome.figures = [figures(call, record(deployment.router_url, call.rid)) for call in outcome.calls]
+                _show_figures(outcome, settings, console)
+            if settings.keep_serving:
+                with interrupts.raised():
+                    status = _finish(outcome, models, settings, console, began_s)
+                _tell_how_to_talk(deployment.router_url, console)
+                with contextlib.suppress(StopRequestedError):
+                    deployment.wait()
+                return status
+            display.say("Ending the servers ...")
+    return _finish(outcome, models, settings, console, began_s)
+
+
+def topology(models: Mapping[str, Path], *, dtype: str) -> Topology:
+    """One base worker, one worker of each decode module, and the router, each at a free port."""
+    args: dict[str, ArgValue] = {"dtype": dtype, "max-total-tokens": KV_POOL_TOKENS}
+    return Topology(
+        base=WorkerSettings(str(models["base"]), args=args),
+        decode=tuple(
+            DecodeModule(agent.model, WorkerSettings(str(models[agent.model]), args=args)) for agent in AGENTS
+        ),
+    )
+
+
+def record(router_url: str, rid: str) -> Mapping[str, Any]:
+    """The router's record of one call.
+
+    A client that stops reading at [DONE] is ahead of the router by a moment, and of the base by a little more when
+    the answer was short: then the record is waited for.
+    """
+    deadline = time.monotonic() + RECORD_TIMEOUT_S
+    while True:
+        with urllib.request.urlopen(f"{router_url}/calls?rid={urllib.parse.quote(rid)}", timeout=30) as response:
+            records: list[dict[str, Any]] = json.load(response)["calls"]
+        if records:
+            return records[-1]
+        if time.monotonic() > deadline:
+            raise PrefillShareError(f"the router still has no record of call {rid} after {RECORD_TIMEOUT_S:g} s.")
+        time.sleep(0.05)
+
+
+def _introduce(console: Console) -> None:
+    console.print(Text("PrefillShare: one prefill, several models\n", style="bold"))
+    console.print(
+        f"The base is {BASE_NAME}. The decode modules planner, coder and reviewer have weights of their own, and are "
+        "UNTRAINED STAND-INS: the base plus a small random change. They show how models share a prefill, not how well "
+        "trained ones answer.\n"
+    )
+
+
+def _converse(router_url: str, models: Mapping[str, Path], scripts: Sequence[Script], console: Console) -> list[Call]:
+    console.print(Text("\nLoading SGLang's frontend language ...", style="dim"))
+    from transformers import AutoTokenizer
+
+    from examples.demo import chat, frontend
+
+    tokenizer = AutoTokenizer.from_pretrained(models["base"])
+    show = _Speech(console)
+    first, second = scripts
+    console.print(f"\nIn SGLang's frontend language, on {FRONTEND_PROBLEM}:", style="bold")
+    answers = frontend.run(first, show.text, router_url=router_url, tokenize=lambda text: tokenizer(text).input_ids)
+    calls = play(first, answers, on_step=show.step)
+    console.print(f"\n\nThrough the openai client, streaming, on {CHAT_PROBLEM}:", style="bold")
+    calls += play(second, chat.run(second, show.text, router_url=router_url), on_step=show.step)
+    return calls
+
+
+class _QuietEnding(Display):
+    """SGLang's processes end on a signal with tracebacks, which tell of no error. They are in the logs."""
+
+    def on_line(self, worker: Worker, line: str) -> None:
+        if worker.state is not State.STOPPING:
+            super().on_line(worker, line)
+
+
+class _Speech:
+    """Shows the answers as they arrive."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self.text: OnText = functools.partial(console.print, end="", markup=False, soft_wrap=True)
+
+    def step(self, step: Step) -> None:
+        name = Text(f"\n[{step.model}, turn {step.turn}] ", style=MODULE_STYLES.get(step.model, ""))
+        self._console.print(name, end="")
+
+
+def _show_figures(outcome: Outcome, settings: Settings, console: Console) -> None:
+    report = outcome.report(settings)
+    console.print()
+    console.print(table(outcome.figures))
+    computed, alone = report["computed_prompt_tokens"], report["computed_without_sharing"]
+    console.print(
+        f"\nThe base prefilled {computed:,} tokens, once for all three models. Without sharing, each with a cache "
+        f"of its own, the models would have prefilled {alone:,}: {alone / max(computed, 1):.1f} times as many."
+    )
+    for session in sessions(outcome.figures):
+        console.print(
+            f"  {session.client}: {session.computed_prompt_tokens:,} prefilled, for a context of "
+            f"{session.final_context_tokens:,} tokens at the last call"
+        )
+    console.print()
+
+
+def _finish(outcome: Outcome, models: Mapping[str, Path], settings: Settings, console: Console, began_s: float) -> int:
+    """Let the oracle check every call, and write the report; the exit status says whether a difference is real."""
+    transcript = settings.out / "transcript.json"
+    _write(
+        transcript,
+        {
+            "models": {name: str(path.resolve()) for name, path in models.items()},
+            "calls": [call.to_json() for call in outcome.calls],
+        },
+    )
+    try:
+        for verdict in _ask_oracle(transcript):
+            outcome.verdicts.append(verdict)
+            _show_verdict(outcome.calls[len(outcome.verdicts) - 1], verdict, console)
+            console.print(
+                f"\rTransformers has checked {len(outcome.verdicts)} of {len(outcome.calls)} answers ...",
+                end="" if console.is_terminal else "\n",
+                style="dim",
+            )
+    finally:
+        _write(settings.out / "report.json", outcome.report(settings))
+    equal = sum(verdict["is_equal"] for verdict in outcome.verdicts)
+    console.print(
+        f"\r{equal} of {len(outcome.verdicts)} answers equal, token for token, what plain Transformers computes.   "
+    )
+    console.print(
+        f"Report: {settings.out / 'report.json'}   ({time.monotonic() - began_s:.0f} s in all)", soft_wrap=True
+    )
+    return int(any(verdict["largest_gap"] > NOISE[settings.dtype] for verdict in outcome.verdicts))
+
+
+def _ask_oracle(transcript: Path) -> Iterator[dict[str, Any]]:
+    script = Path(__file__).with_name("oracle.py")
+    # Nothing else computes now, so that it may have every core.
+    env = {**os.environ, "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(transcript)], stdout=subprocess.PIPE, text=True, env=env
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield json.loads(line)
+        if process.wait() != 0:
+            raise PrefillShareError(f"the oracle failed. Run it again: python {script} {transcript}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _show_verdict(call: Call, verdict: Mapping[str, Any], console: Console) -> None:
+    if not verdict["is_equal"]:
+        console.print(
+            f"\n{call.model} ({call.client}, turn {call.turn}) differs from token {verdict['first_difference']} on; "
+            f"Transformers likes its own choice better by {verdict['largest_gap']:.2g}."
+        )
+
+
+def _write(path: Path, value: Any) -> None:
+    draft = path.with_name(f".{path.name}.partial")
+    draft.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    draft.replace(path)
+
+
+def _tell_how_to_talk(router_url: str, console: Console) -> None:
+    body = json.dumps({"model": "coder", "messages": [{"role": "user", "content": "Write hello world."}]})
+    console.print(
+        f"\nServing at {router_url}, models planner, coder and reviewer. For example:\n\n"
+        f"  curl {router_url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n\n"
+        f"  {router_url}/calls tells what each call reused. Ctrl-C ends it.\n",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+if __name__ == "__main__":
+    main()
