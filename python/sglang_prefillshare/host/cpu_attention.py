@@ -52,15 +52,19 @@ def run_sdpa_forward_extend(
         slots = req_to_token[row, :kv_len]
         key = k_cache[slots].to(query.dtype).movedim(0, 1).unsqueeze(0)
         value = v_cache[slots].to(query.dtype).movedim(0, 1).unsqueeze(0)
-        for start in range(0, q_len, _QUERY_BLOCK):
-            end = min(start + _QUERY_BLOCK, q_len)
+        block = q_len if q_len == kv_len else _QUERY_BLOCK
+        for start in range(0, q_len, block):
+            end = min(start + block, q_len)
             seen = kv_len - q_len + end  # keys that the block's last query may look at
-            mask = torch.ones(end - start, seen, dtype=torch.bool).tril(diagonal=seen - (end - start))
+            mask = None
+            if q_len != kv_len:
+                mask = torch.ones(end - start, seen, dtype=torch.bool).tril(diagonal=seen - (end - start))
             found = scaled_dot_product_attention(
                 query[first + start : first + end].movedim(0, 1).unsqueeze(0),
                 key[:, :, :seen],
                 value[:, :, :seen],
                 attn_mask=mask,
+                is_causal=mask is None,
                 enable_gqa=enable_gqa,
                 scale=scaling,
             )

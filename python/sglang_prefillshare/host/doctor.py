@@ -21,7 +21,9 @@ _PACKAGES = ("torch", "triton", "transformers", "sglang-kernel", "nixl")
 def main() -> int:
     """Print the report to standard output; 0 if everything a role needs is there, 1 otherwise."""
     console = Console()
-    problems = [*_versions(console), *_entry_points(console), *_seams(console)]
+    problems = [*_versions(console), *_entry_points(console)]
+    if _installed("sglang") != "not installed":
+        problems += _seams(console)
     for problem in problems:
         console.print(f"[red]missing[/red]  {problem}", highlight=False, soft_wrap=True)
     console.print("[red]Not ready.[/red]" if problems else "[green]Ready.[/green]")
@@ -39,7 +41,10 @@ def _versions(console: Console) -> Iterator[str]:
     table.add_row("device", _device())
     console.print(table)
     if found != seams.SGLANG_VERSION:
-        yield f"sglang is {found}, wanted {seams.SGLANG_VERSION}: pip install sglang=={seams.SGLANG_VERSION}"
+        yield (
+            f"sglang is {found}, wanted {seams.SGLANG_VERSION}. In a checkout `make setup` installs the light CPU stack or "
+            f"the CUDA stack; elsewhere: pip install sglang=={seams.SGLANG_VERSION}"
+        )
 
 
 def _installed(package: str) -> str:
@@ -50,8 +55,10 @@ def _installed(package: str) -> str:
 
 
 def _device() -> str:
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        return f"unknown: torch is not installed ({platform.machine()})"
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}, CUDA {torch.version.cuda}"
     cores = len(os.sched_getaffinity(0))
