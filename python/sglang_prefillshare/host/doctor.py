@@ -42,8 +42,8 @@ def _versions(console: Console) -> Iterator[str]:
     console.print(table)
     if found != seams.SGLANG_VERSION:
         yield (
-            f"sglang is {found}, wanted {seams.SGLANG_VERSION}. In a checkout `make setup` installs the light CPU stack "
-            f"or the CUDA stack; elsewhere: pip install sglang=={seams.SGLANG_VERSION}"
+            f"sglang is {found}, wanted {seams.SGLANG_VERSION}. In a checkout `make setup` installs it, for a CPU or "
+            f"for CUDA; elsewhere: pip install sglang=={seams.SGLANG_VERSION}"
         )
 
 
