@@ -85,11 +85,8 @@ def _seams(console: Console) -> list[str]:
             seams.check(seam)
             state = "[green]ok[/green]"
         except SeamError as error:
-            if seam in seams.NIXL_ON_CPU and _installed("nixl") == "not installed":
-                state = "nixl not installed"
-            else:
-                state = "[red]missing[/red]"
-                problems.append(str(error))
+            state = "[red]missing[/red]"
+            problems.append(str(error))
         line = f"  {state}  {seam.target.removeprefix('sglang.srt.')} [dim]({seam.kind})[/dim]"
         console.print(line, highlight=False, soft_wrap=True)
         console.print(

@@ -6,5 +6,5 @@ from typing import Any
 
 
 def declare_host_memory(self: Any, args: Any, *_rest: Any, **_more: Any) -> None:
-    """Hook before `NixlKVManager.__init__`."""
+    """Hook before the constructor that every backend's manager begins with; NIXL reads the field right after it."""
     args.kv_data_mem_kinds = ["DRAM"] * len(args.kv_data_ptrs)

@@ -91,6 +91,11 @@ CPU: Final = (
         ),
         "a cached prefix costs no attention of its own again", "torch_native attends for the new tokens only",
     ),
+    Seam(
+        "sglang.srt.disaggregation.common.conn.CommonKVManager.__init__", "nixl_cpu:declare_host_memory", "before",
+        ("self", "args", "disaggregation_mode", "server_args", "is_mla_backend"),
+        "NIXL would register the pool as GPU memory", "SGLang asks the pool where its memory is",
+    ),
 )  # fmt: skip
 
 BOTH_ROLES: Final = (
@@ -202,16 +207,7 @@ DECODE: Final = (
     ),
 )  # fmt: skip
 
-NIXL_ON_CPU: Final = (
-    Seam(
-        "sglang.srt.disaggregation.nixl.conn.NixlKVManager.__init__", "nixl_cpu:declare_host_memory", "before",
-        ("self", "args", "disaggregation_mode", "server_args", "is_mla_backend"),
-        "NIXL registers the pool as GPU memory otherwise", "SGLang asks the pool where its memory is",
-    ),
-)  # fmt: skip
-
-
-ALL: Final = (*FLAGS, *CPU, *BOTH_ROLES, *HTTP, *PREFILL, *DECODE, *NIXL_ON_CPU)
+ALL: Final = (*FLAGS, *CPU, *BOTH_ROLES, *HTTP, *PREFILL, *DECODE)
 
 
 def flag_seams() -> tuple[Seam, ...]:
@@ -228,15 +224,11 @@ def platform_seams() -> tuple[Seam, ...]:
 
 def role_seams(settings: RoleSettings) -> tuple[Seam, ...]:
     """The seams of a role in this process; a child process gets those whose modules it has loaded."""
-    from sglang.srt.platforms import current_platform
-
     from sglang_prefillshare.host.backend_choice import offer_backend
 
     offer_backend()
     own = PREFILL if settings.role is Role.PREFILL else DECODE
     seams = (*BOTH_ROLES, *HTTP, *own)
-    if settings.transfer_backend == "nixl" and current_platform.device_type == "cpu":
-        seams += NIXL_ON_CPU
     if _is_child_process():
         seams = tuple(seam for seam in seams if seam.module in sys.modules)
     return seams
