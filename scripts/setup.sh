@@ -50,7 +50,7 @@ rm -f "$stamp"
 if [ ! -x .venv/bin/python ] || ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
     step "virtual environment" "$python" -m venv --clear .venv
 fi
-pip=(.venv/bin/python -m pip --disable-pip-version-check install --no-compile) # what is imported compiles itself
+pip=(.venv/bin/python -m pip --disable-pip-version-check install --no-compile) # the step "bytecode" does it on all cores
 
 if [ "$stack" = cpu ]; then
     step "SGLang's light CPU stack (1-2 minutes, 3 GB)" \
