@@ -18,6 +18,9 @@ import xxhash
 from sglang_prefillshare.errors import HandoffError
 
 WORD_COUNT: Final = 8
+FIRST_SLOT: Final = 8
+"""SGLang uses slots 0-6 of the 16 in `MetadataBuffers.cached_tokens`; the receipt takes 8-15, on both sides."""
+
 _WORD_BITS: Final = 31
 _WORD_MASK: Final = (1 << _WORD_BITS) - 1
 _MAGIC: Final = 0x5053_4831 & _WORD_MASK  # "PSH1": a peer without our role leaves zero here

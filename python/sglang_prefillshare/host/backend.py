@@ -61,7 +61,6 @@ class _DecodePeer:
 class _WantedRoom:
     """One decode process's side of a room, in the form that SGLang's status messages look it up."""
 
-    session: str
     endpoint: str
     dst_port: int
     page_count: int
@@ -286,9 +285,7 @@ class PrefillShareKVManager(CommonKVManager):
             )
             return
         self.transfer_infos[message.room] = {
-            message.session: _WantedRoom(
-                session=message.session, endpoint=peer.host, dst_port=peer.port, page_count=message.page_count
-            )
+            message.session: _WantedRoom(endpoint=peer.host, dst_port=peer.port, page_count=message.page_count)
         }
         self.req_to_decode_prefix_len[message.room] = message.prefix_tokens
         self.update_status(message.room, KVPoll.WaitingForInput)

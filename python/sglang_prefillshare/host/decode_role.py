@@ -14,11 +14,9 @@ from http import HTTPStatus
 from typing import Any
 
 from sglang_prefillshare.errors import HandoffError
-from sglang_prefillshare.handoff.receipt import ROOM_MASK, Receipt
+from sglang_prefillshare.handoff.receipt import FIRST_SLOT, ROOM_MASK, Receipt
 from sglang_prefillshare.host.requests import MIN_PROMPT_TOKENS, is_fake_transfer
 from sglang_prefillshare.host.role import attach_role, refuse_unsupported_pool, role_of
-
-_FIRST_RECEIPT_SLOT = 8
 
 
 def awaits_first_token(req: Any) -> bool:
@@ -52,7 +50,7 @@ def commit_transfer_to_req(original: Callable[..., None], self: Any, decode_req:
         return
     buffers, index = self.metadata_buffers, decode_req.metadata_buffer_index
     try:
-        receipt = Receipt.from_words(buffers.cached_tokens[index, _FIRST_RECEIPT_SLOT:].tolist())
+        receipt = Receipt.from_words(buffers.cached_tokens[index, FIRST_SLOT:].tolist())
         receipt.check(role_of(self.scheduler).receipt(req.origin_input_ids[:-1], cross_model_tokens=0))
     except HandoffError as error:
         _abort(decode_req, str(error))
@@ -100,11 +98,13 @@ def process_prebuilt(original: Callable[..., None], self: Any, future_map: Any) 
 def process_batch_result_prebuilt(original: Callable[..., None], self: Any, batch: Any) -> None:
     """Stream and finish only requests that have something to say: no empty first chunk, no stop check on nothing."""
     everyone = batch.reqs
-    batch.reqs = [req for req in everyone if not awaits_first_token(req) or _is_over(req)]
+    silent: list[Any] = []
+    batch.reqs = []
+    for req in everyone:
+        (silent if awaits_first_token(req) and not _is_over(req) else batch.reqs).append(req)
     try:
         original(self, batch)
     finally:
-        silent = [req for req in everyone if req not in batch.reqs]
         batch.reqs = everyone
     for req in silent:
         req.time_stats.set_decode_prebuilt_finish_time()

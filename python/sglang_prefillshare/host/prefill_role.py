@@ -8,16 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_prefillshare.handoff.receipt import ROOM_MASK
+from sglang_prefillshare.handoff.receipt import FIRST_SLOT, ROOM_MASK
 from sglang_prefillshare.host.provenance import Provenance
 from sglang_prefillshare.host.requests import MIN_PROMPT_TOKENS, is_fake_transfer
 from sglang_prefillshare.host.role import attach_role, refuse_unsupported_pool, role_of
 
 REPORT_KEY = "prefill_share"
 """Key of a prefill leg's meta information; its one value is [cross_model_cached_tokens]."""
-
-_FIRST_RECEIPT_SLOT = 8
-"""SGLang uses slots 0-6 of the 16 in `MetadataBuffers.cached_tokens`; the receipt takes 8-15."""
 
 
 def init_disaggregation(original: Callable[..., None], self: Any) -> None:
@@ -92,6 +89,6 @@ def set_buf(_result: None, self: Any, req: Any) -> None:
     index = req.metadata_buffer_index
     cross_model = getattr(req, "_prefill_share_cross_model", 0)
     receipt = role_of(scheduler).receipt(req.origin_input_ids, cross_model_tokens=cross_model)
-    self.cached_tokens[index, _FIRST_RECEIPT_SLOT:] = torch.tensor(receipt.to_words(), dtype=torch.int32)
+    self.cached_tokens[index, FIRST_SLOT:] = torch.tensor(receipt.to_words(), dtype=torch.int32)
     self.bootstrap_room[index, 0] = (req.bootstrap_room or 0) ^ ROOM_MASK
     req.customized_info = {REPORT_KEY: [cross_model]}
