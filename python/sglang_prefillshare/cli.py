@@ -126,6 +126,7 @@ def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path 
 @click.option("--poll-interval", "poll_interval_s", type=float, help="Seconds between looks at a worker.")
 @click.option("--stop-grace", "stop_grace_s", type=float, help="Seconds that running calls are given at the end.")
 @click.option("--load-margin-tokens", type=int, help="Prefill tokens in flight that cached prefixes are worth.")
+@click.option("--load-margin-requests", type=int, help="Requests in flight that KV kept by a decode worker is worth.")
 @click.option("--load-margin-ratio", type=float, help="Likewise, as a multiple of the least loaded worker's.")
 @click.option("--min-prefix-tokens", type=int, help="Shorter common prefixes do not decide where a request goes.")
 @click.option(
@@ -148,7 +149,7 @@ def route(prefill: tuple[str, ...], decode: tuple[str, ...], log_level: str, **s
         modules.setdefault(name, []).append(url)
     # Defaults are the config's own, so what was not given is not passed on.
     given = {key: value for key, value in settings.items() if value is not None}
-    policy_keys = ("load_margin_tokens", "load_margin_ratio", "min_prefix_tokens")
+    policy_keys = ("load_margin_tokens", "load_margin_requests", "load_margin_ratio", "min_prefix_tokens")
     policy = PolicyConfig(**{key: given.pop(key) for key in policy_keys if key in given})
     config = RouterConfig(prefill=prefill, decode=modules, policy=policy, **given)
 

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterable
 from typing import Any, Final
 
 import aiohttp
+from prometheus_client.metrics_core import Metric
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -27,6 +28,7 @@ from sglang_prefillshare.routing.dispatch import Dispatcher, error_body
 from sglang_prefillshare.routing.prefix_index import PrefixIndex
 from sglang_prefillshare.routing.request import Endpoint
 from sglang_prefillshare.routing.telemetry import CallLog, Metrics
+from sglang_prefillshare.routing.worker_metrics import parse_handoff_families, sum_families
 from sglang_prefillshare.routing.workers import Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -169,14 +171,34 @@ class Router:
         return JSONResponse({"calls": [record.to_json() for record in records]})
 
     async def expose_metrics(self, request: Request) -> Response:
+        """Our own, and the workers' handoff metrics in sum."""
+        families = await self._handoff_families()
         for worker in self.pool:
             labels = (worker.role, worker.model or "", worker.url)
+            self.metrics.worker_metrics_missing.labels(*labels).set(worker.url not in families)
             self.metrics.worker_ready.labels(*labels).set(worker.is_ready)
             self.metrics.worker_inflight.labels(*labels).set(len(worker.legs))
             if worker.model is None:
                 self.metrics.worker_inflight_tokens.labels(worker.url).set(worker.inflight_tokens)
-        body, content_type = self.metrics.exposition()
+        of_workers = sum_families((self.pool[url].served_model or "", found) for url, found in families.items())
+        body, content_type = self.metrics.exposition(of_workers)
         return Response(body, headers={"content-type": content_type})
+
+    async def _handoff_families(self) -> dict[str, list[Metric]]:
+        """By URL, of the workers that show any, in the pool's order."""
+        workers = [worker for worker in self.pool if worker.is_reachable]
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self.pool.metrics_page(worker, self.session)) for worker in workers]
+        found: dict[str, list[Metric]] = {}
+        for worker, page in zip(workers, (task.result() for task in tasks), strict=True):
+            try:
+                families = parse_handoff_families(page or "")
+            except ValueError as error:
+                logger.debug("the metrics of the %s cannot be read: %s", worker.label, error)
+                continue
+            if families:
+                found[worker.url] = families
+        return found
 
     # -- what only the workers know
 
@@ -193,7 +215,7 @@ class Router:
         module = self._path_module(request)
         if module is not None:
             return await self._ask_first_ready(self.pool.decode[module], "/server_info", request)
-        workers = [worker for worker in self.pool if worker.lost is None and worker.was_seen]
+        workers = [worker for worker in self.pool if worker.is_reachable]
         answers = await self._ask_all(workers, "GET", "/server_info", request)
         body: dict[str, list[Any]] = {"prefill": [], "decode": []}
         for worker, (status, info) in zip(workers, answers, strict=True):
@@ -204,10 +226,10 @@ class Router:
     async def flush_cache(self, request: Request) -> Response:
         """Flush the base's cache and every module's (under /m/<model>/ that one's), and forget the prefixes."""
         module = self._path_module(request)
-        workers = [*self.pool.prefill, *(w for w in self.pool if w.model is not None and module in (None, w.model))]
-        workers = [worker for worker in workers if worker.lost is None and worker.was_seen]
+        concerned = [*self.pool.prefill, *(w for w in self.pool if w.model is not None and module in (None, w.model))]
+        workers = [worker for worker in concerned if worker.is_reachable]
         answers = await self._ask_all(workers, "POST", "/flush_cache", request)
-        for worker in self.pool.prefill:
+        for worker in concerned:
             self.index.drop(worker.url)
         failed = [
             {"url": worker.url, "status": status, "message": answer}

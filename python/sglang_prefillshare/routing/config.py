@@ -16,20 +16,23 @@ _CONTROL: Final = re.compile(r"[\x00-\x20\x7f?#%]")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyConfig:
-    """When a loaded prefill worker loses a request that it has the best claim to (paper §3.3, "whenever possible").
+    """When a loaded worker loses a request that it has the best claim to (paper §3.3, "whenever possible").
 
-    A request leaves its session's or prefix's worker only when that worker has more than `load_margin_tokens`
-    prefill tokens in flight beyond the least loaded one, and more than `load_margin_ratio` times as many.
-    A prefix counts from `min_prefix_tokens` on.
+    A request leaves its session's or prefix's prefill worker only when that has more than `load_margin_tokens`
+    prefill tokens in flight beyond the least loaded one, and more than `load_margin_ratio` times as many; its
+    decode worker likewise beyond `load_margin_requests` requests. A prefix counts from `min_prefix_tokens` on.
     """
 
     load_margin_tokens: int = 8192
+    load_margin_requests: int = 8
     load_margin_ratio: float = 1.5
     min_prefix_tokens: int = 64
 
     def __post_init__(self) -> None:
         if self.load_margin_tokens < 0:
             raise ConfigError(f"load_margin_tokens is {self.load_margin_tokens}, wanted 0 or more.")
+        if self.load_margin_requests < 0:
+            raise ConfigError(f"load_margin_requests is {self.load_margin_requests}, wanted 0 or more.")
         if self.load_margin_ratio < 1:
             raise ConfigError(f"load_margin_ratio is {self.load_margin_ratio}, wanted 1 or more.")
         if self.min_prefix_tokens < 1:
@@ -57,6 +60,9 @@ class RouterConfig:
     request_timeout_s: float = 600.0
     drain_timeout_s: float = 30.0
     """How long a prefill leg may outlive the answer that its decode leg has completed."""
+    loss_wait_s: float = 2.0
+    """How long a failure that a dying prefill worker may have caused is held back, to see whether it dies. SGLang's
+    server outlives its scheduler by up to a second, and the polls need one more to notice."""
     abort_timeout_s: float = 2.0
     admin_timeout_s: float = 60.0
     stop_grace_s: float = 5.0
@@ -67,7 +73,7 @@ class RouterConfig:
     session_capacity: int = 65_536
     prefix_block_bytes: int = 256
     prefix_capacity_blocks: int = 65_536
-    """Bound of the prefix index, for each prefill worker."""
+    """Bound of the prefix index, for each worker."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
 
     def __post_init__(self) -> None:
@@ -99,7 +105,7 @@ class RouterConfig:
             raise ConfigError(f"port is {self.port}, wanted 0 to 65535.")
         for name in (
             *("connect_timeout_s", "poll_interval_s", "poll_timeout_s", "request_timeout_s"),
-            *("drain_timeout_s", "abort_timeout_s", "admin_timeout_s"),
+            *("drain_timeout_s", "loss_wait_s", "abort_timeout_s", "admin_timeout_s"),
         ):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}, wanted a positive number of seconds.")

@@ -3,6 +3,9 @@
 The legs run in one task group, so the failure of either ends the other; a leg that is left before its worker has
 answered in full is aborted there, whatever the way out: error, client gone, deadline or cancellation. The decode
 leg's bytes are the client's answer and pass through untouched.
+
+A pair that failed because its prefill worker was lost, or because a worker refused the connection, is replaced once
+by a new pair, as long as the client has seen nothing of the first.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ import contextlib
 import itertools
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
 from typing import Any, Final
 
@@ -27,7 +29,7 @@ from sglang_prefillshare.protocol import (
 from sglang_prefillshare.routing import _json
 from sglang_prefillshare.routing.config import RouterConfig
 from sglang_prefillshare.routing.policy import Decision, pick_decode, pick_prefill
-from sglang_prefillshare.routing.prefix_index import BYTES_PER_TOKEN, PrefixIndex
+from sglang_prefillshare.routing.prefix_index import PrefixIndex
 from sglang_prefillshare.routing.request import (
     HOP_BY_HOP,
     REQUEST_ID_HEADER,
@@ -43,6 +45,7 @@ from sglang_prefillshare.routing.request import (
     prefill_leg_body,
     prefill_leg_headers,
 )
+from sglang_prefillshare.routing.sessions import SessionMap
 from sglang_prefillshare.routing.telemetry import CallLog, CallRecord, Metrics, Outcome
 from sglang_prefillshare.routing.workers import Leg, Worker, WorkerPool
 
@@ -57,6 +60,8 @@ _NOT_RETURNED: Final = frozenset(
 )
 _RETRY_AFTER_S: Final = 1
 _ACCOUNTING_WAIT_S: Final = 0.05
+_TRANSFER_FAILURES: Final = (b"Decode transfer failed", b"Decode handshake failed")
+"""How SGLang's decode workers begin the error of a request whose KV did not come, whatever the reason."""
 
 
 class ClientGoneError(Exception):
@@ -67,7 +72,7 @@ class LegError(Exception):
     """A leg could not give its part.
 
     `answer` is the worker's own error (status, content type, body) to pass on, if it gave one. `is_unsent` says
-    that no byte reached the worker, so that another may be tried.
+    that no byte reached the worker, `is_lost` that the leg ended with its worker or its connection.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class LegError(Exception):
         outcome: Outcome,
         answer: tuple[int, bytes, bytes] | None = None,
         is_unsent: bool = False,
+        is_lost: bool = False,
     ) -> None:
         super().__init__(message)
         self.worker = worker
@@ -87,6 +93,12 @@ class LegError(Exception):
         self.outcome = outcome
         self.answer = answer
         self.is_unsent = is_unsent
+        self.is_lost = is_lost
+
+    @property
+    def allows_another_try(self) -> bool:
+        """Prefilling again elsewhere changes nothing but time. A decode leg that was under way may have sampled."""
+        return self.is_unsent or (self.is_lost and self.worker.role is Role.PREFILL)
 
 
 def error_body(status: int, message: str, *, kind: str) -> dict[str, Any]:
@@ -152,9 +164,11 @@ class Call:
         self.request: ClientRequest | None = None
         self.headers: list[tuple[str, str]] = []
         self.decision: Decision | None = None
+        self.decode_decision: Decision | None = None
         self.prefill: Worker | None = None
         self.decode: Worker | None = None
         self.attempts = 0
+        self.worker_rids: tuple[str, ...] = ()
         self.prefill_tokens: int | None = None
         self.cached_tokens: int | None = None
         self.cross_model_cached_tokens: int | None = None
@@ -187,13 +201,15 @@ class Call:
             ttft_ms = (self.first_byte_s - self.began_s) * 1000
         return CallRecord(
             rid=request.public_rid if request else (self.reply.request_id or ""),
-            worker_rids=request.rids if request else (),
+            worker_rids=self.worker_rids,
             model=request.module if request else "",
             endpoint=self.endpoint,
             prefill_worker=self.prefill.url if self.prefill else None,
             decode_worker=self.decode.url if self.decode else None,
             decision=self.decision.reason if self.decision else None,
             matched_tokens=self.decision.matched_tokens if self.decision else None,
+            decode_decision=self.decode_decision.reason if self.decode_decision else None,
+            decode_matched_tokens=self.decode_decision.matched_tokens if self.decode_decision else None,
             attempts=self.attempts,
             prefill_tokens=self.prefill_tokens,
             cached_tokens=self.cached_tokens,
@@ -233,7 +249,8 @@ class Dispatcher:
         self._calls = calls
         self._session = session
         self._background = background
-        self._sessions: OrderedDict[str, str] = OrderedDict()
+        self._prefill_sessions = SessionMap(capacity=config.session_capacity)
+        self._decode_sessions = {name: SessionMap(capacity=config.session_capacity) for name in config.decode}
         self._prefill_turns = itertools.count()
         self._decode_turns = itertools.count()
         self._is_stopping = False
@@ -321,6 +338,7 @@ class Dispatcher:
             call.endpoint, raw, headers=by_name, modules=self._config.decode, path_module=path_module
         )
         call.request = request
+        call.worker_rids = request.rids
         if call.reply.request_id is None:
             call.reply.request_id = header_safe(request.public_rid)
         call.headers = forwarded_headers(headers, request_id=call.reply.request_id)
@@ -328,17 +346,19 @@ class Dispatcher:
             await self._serve_with_retry(call, request, receive)
 
     async def _serve_with_retry(self, call: Call, request: ClientRequest, receive: Receive) -> None:
-        """Place the request and run its legs; a connection that no byte went over is tried once elsewhere."""
+        """Place the request and run its legs. If a worker refused the connection, or if prefill was lost before the
+        client got a byte, both legs are replaced once, with another worker in the place of that one."""
         chains = request.chains(block_bytes=self._config.prefix_block_bytes)
-        self._place(call, request, chains, role=None)
+        self._place(call, request, chains)
         try:
             await self._run_legs(call, request, receive)
         except LegError as error:
-            if not error.is_unsent or call.reply.is_started or self._is_stopping:
+            if error.is_unsent:
+                self._pool.connection_refused(error.worker)
+            if not error.allows_another_try or call.reply.is_started or self._is_stopping:
                 raise
-            self._pool.connection_refused(error.worker)
             try:
-                self._place(call, request, chains, role=error.worker.role)
+                self._place(call, request, chains, instead_of=error.worker)
             except LegError:
                 raise error from None
             self._metrics.retries.labels(error.worker.role).inc()
@@ -361,44 +381,65 @@ class Dispatcher:
 
     # -- placement
 
-    def _place(self, call: Call, request: ClientRequest, chains: list[list[int]], *, role: Role | None) -> None:
-        """Choose the workers (`role`: only that one, again) and note the choice. Raises `LegError` (503)."""
+    def _place(
+        self, call: Call, request: ClientRequest, chains: list[list[int]], *, instead_of: Worker | None = None
+    ) -> None:
+        """Choose the workers and note the choice; with `instead_of`, choose another one in its place. Raises
+        `LegError` (503) where there is none."""
         missing = self._pool.missing([request.module])
         if self._is_stopping:
             missing = ["the router is stopping"]
         if missing:
             text = "; ".join(missing)
-            raise LegError(
-                self._pool.prefill[0],
-                status=503,
-                message=f"{text[0].upper()}{text[1:]}.",
-                outcome=Outcome.UNAVAILABLE,
-            )
-        if role is not Role.DECODE or call.prefill is None or not call.prefill.is_ready:
-            session_worker = self._sessions.get(request.session_key) if request.session_key else None
-            decision = pick_prefill(
-                self._pool.prefill_snapshots(
-                    chains, block_tokens=max(1, self._config.prefix_block_bytes // BYTES_PER_TOKEN)
-                ),
-                session_worker=session_worker,
-                turn=next(self._prefill_turns),
-                config=self._config.policy,
-            )
-            self._metrics.decisions.labels(Role.PREFILL, decision.reason).inc()
-            call.decision = decision
-            call.prefill = self._pool[decision.worker]
-            # Noted before the KV exists: the session's next request may come before this one is prefilled.
-            for chain in chains:
-                self._index.insert(decision.worker, chain)
-            if request.session_key:
-                self._sessions[request.session_key] = decision.worker
-                self._sessions.move_to_end(request.session_key)
-                if len(self._sessions) > self._config.session_capacity:
-                    self._sessions.popitem(last=False)
-        if role is not Role.PREFILL or call.decode is None or not call.decode.is_ready:
-            choice = pick_decode(self._pool.decode_snapshots(request.module), turn=next(self._decode_turns))
-            self._metrics.decisions.labels(Role.DECODE, choice.reason).inc()
-            call.decode = self._pool[choice.worker]
+            raise self._unplaced(f"{text[0].upper()}{text[1:]}.")
+        if call.prefill is None or call.prefill is instead_of or not call.prefill.is_ready:
+            self._place_prefill(call, request, chains, instead_of)
+        if call.decode is None or call.decode is instead_of or not call.decode.is_ready:
+            self._place_decode(call, request, chains, instead_of)
+
+    def _place_prefill(
+        self, call: Call, request: ClientRequest, chains: list[list[int]], instead_of: Worker | None
+    ) -> None:
+        snapshots = self._pool.prefill_snapshots(chains, without=instead_of)
+        if not snapshots:
+            raise self._unplaced("No other prefill worker is ready.")
+        decision = pick_prefill(
+            snapshots,
+            session_worker=self._prefill_sessions.worker_of(request.session_key),
+            turn=next(self._prefill_turns),
+            config=self._config.policy,
+        )
+        self._metrics.decisions.labels(Role.PREFILL, decision.reason).inc()
+        call.decision = decision
+        call.prefill = self._pool[decision.worker]
+        self._note(decision, request, chains, self._prefill_sessions)
+
+    def _place_decode(
+        self, call: Call, request: ClientRequest, chains: list[list[int]], instead_of: Worker | None
+    ) -> None:
+        snapshots = self._pool.decode_snapshots(request.module, chains, without=instead_of)
+        if not snapshots:
+            raise self._unplaced(f"No other worker of the decode module {request.module!r} is ready.")
+        sessions = self._decode_sessions[request.module]
+        decision = pick_decode(
+            snapshots,
+            session_worker=sessions.worker_of(request.session_key),
+            turn=next(self._decode_turns),
+            config=self._config.policy,
+        )
+        self._metrics.decisions.labels(Role.DECODE, decision.reason).inc()
+        call.decode_decision = decision
+        call.decode = self._pool[decision.worker]
+        self._note(decision, request, chains, sessions)
+
+    def _note(self, decision: Decision, request: ClientRequest, chains: list[list[int]], sessions: SessionMap) -> None:
+        """Before the KV is there: the session's next request may come before this one is prefilled."""
+        for chain in chains:
+            self._index.insert(decision.worker, chain)
+        sessions.assign(request.session_key, decision.worker)
+
+    def _unplaced(self, message: str) -> LegError:
+        return LegError(self._pool.prefill[0], status=503, message=message, outcome=Outcome.UNAVAILABLE)
 
     # -- the two legs
 
@@ -410,9 +451,11 @@ class Dispatcher:
         call.attempts += 1
         call.abort_cause = None
         call.prefill_ended.clear()
+        call.prefill_tokens = call.cached_tokens = call.cross_model_cached_tokens = None
         # A second try must not meet the remains of the first: another room, and a rid that does not start alike
         # (SGLang aborts by rid prefix).
         rids = request.rids if call.attempts == 1 else tuple(f"r{call.attempts}-{rid}" for rid in request.rids)
+        call.worker_rids = rids
         host, port = prefill.bootstrap
         pairing = Pairing(host, port, draw_rooms(len(rids)), rids)
         prefill_leg, decode_leg = Leg(tokens=request.prompt_tokens), Leg(tokens=request.prompt_tokens)
@@ -456,7 +499,9 @@ class Dispatcher:
                 answer = await response.read()
                 leg.is_complete = True
                 if response.status != 200:
-                    raise _refused_by(worker, response, answer)
+                    error = _refused_by(worker, response, answer)
+                    error.is_lost = response.status >= 500 and await self._goes_silent(worker, call)
+                    raise error
                 call.prefill_tokens = _count(response, PROMPT_TOKENS_HEADER)
                 call.cached_tokens = _count(response, CACHED_TOKENS_HEADER)
                 call.cross_model_cached_tokens = _count(response, CROSS_MODEL_HEADER)
@@ -491,11 +536,14 @@ class Dispatcher:
             if response.status != 200:
                 answer = await response.read()
                 leg.is_complete = True
+                if response.status == 500:
+                    await self._raise_if_prefill_is_lost(call, answer)
                 raise _refused_by(worker, response, answer)
             headers = [(name, value) for name, value in response.raw_headers if name.lower() not in _NOT_RETURNED]
             if response.headers.get("content-type", "").startswith(_EVENT_STREAM):
                 async for data in response.content.iter_any():
                     if not reply.is_started:
+                        await self._raise_if_prefill_is_lost(call, data)
                         call.first_byte_s = time.perf_counter()
                         await reply.start(200, headers)
                     await reply.chunk(data)
@@ -512,6 +560,33 @@ class Dispatcher:
         watch.cancel()
         if call.drain is not None and not call.prefill_ended.is_set():
             call.drain.reschedule(asyncio.get_running_loop().time() + self._config.drain_timeout_s)
+
+    async def _raise_if_prefill_is_lost(self, call: Call, data: bytes) -> None:
+        """Called with what decode said first. If that is that its KV did not come, and if prefill is lost within
+        `loss_wait_s`, the call ends as if prefill's loss had been noticed first: with `LegError` of prefill.
+
+        A lost connection of the prefill leg cancels us here, through the task group. A stream's first event is looked
+        at too, because SGLang tells the errors of streams in them; a false alarm only costs it the wait for the
+        prefill leg's end, which is near.
+        """
+        worker = call.prefill
+        assert worker is not None
+        if any(text in data for text in _TRANSFER_FAILURES) and await self._goes_silent(worker, call):
+            raise _lost(worker, f"The {worker.label} was lost.")
+
+    async def _goes_silent(self, worker: Worker, call: Call) -> bool:
+        """Whether the prefill worker stops answering polls within `loss_wait_s`, while its leg runs. False, without
+        a wait, where there is to be no other try anyway."""
+        can_be_replaced = any(other.is_ready and other is not worker for other in self._pool.prefill)
+        if call.attempts > 1 or call.reply.is_started or self._is_stopping or not can_be_replaced:
+            return False
+        waits = [asyncio.ensure_future(event.wait()) for event in (worker.is_silent, call.prefill_ended)]
+        try:
+            await asyncio.wait(waits, timeout=self._config.loss_wait_s, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        return worker.is_silent.is_set() and not call.prefill_ended.is_set()
 
     async def _settle_answered(self, call: Call, *, status: int) -> None:
         """Settle a call whose answer is complete but for its last bytes, if the prefill leg's accounting is there.
@@ -538,7 +613,7 @@ class Dispatcher:
         try:
             if leg.lost_reason is not None:
                 leg.is_complete = True  # never sent
-                raise LegError(worker, status=503, message=leg.lost_reason, outcome=Outcome.UNAVAILABLE)
+                raise _lost(worker, leg.lost_reason)
             with _peer_errors(worker):
                 yield
         except LegError as error:
@@ -550,7 +625,7 @@ class Dispatcher:
                 cause = "worker_down"
                 call.abort_cause = call.abort_cause or "peer"
                 task.uncancel()
-                raise LegError(worker, status=503, message=leg.lost_reason, outcome=Outcome.UNAVAILABLE) from None
+                raise _lost(worker, leg.lost_reason) from None
             cause = call.abort_cause or ("timeout" if call.is_expired else "cancelled")
             raise
         finally:
@@ -639,7 +714,12 @@ def _peer_errors(worker: Worker) -> Iterator[None]:
             status=502,
             message=f"The connection to the {worker.label} broke: {str(error) or type(error).__name__}.",
             outcome=Outcome.WORKER_FAILED,
+            is_lost=True,
         ) from error
+
+
+def _lost(worker: Worker, reason: str) -> LegError:
+    return LegError(worker, status=503, message=reason, outcome=Outcome.UNAVAILABLE, is_lost=True)
 
 
 def _refused_by(worker: Worker, response: aiohttp.ClientResponse, body: bytes) -> LegError:

@@ -32,10 +32,11 @@ class PrefillSnapshot:
 
 @dataclass(frozen=True, slots=True)
 class DecodeSnapshot:
-    """A ready decode worker of the wanted module."""
+    """A ready decode worker of the wanted module; `matched_tokens` likewise."""
 
     url: str
     inflight_requests: int
+    matched_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +59,33 @@ def pick_prefill(
     system prompt every prefix points at the same worker. `turn` rotates among equals.
     """
     assert workers, "the caller answers 503 when no prefill worker is ready"
-    least = min(worker.inflight_tokens for worker in workers)
+    candidates = [_Candidate(worker.url, worker.inflight_tokens, worker.matched_tokens) for worker in workers]
+    return _pick(candidates, session_worker, turn, config, load_margin=config.load_margin_tokens)
 
-    preferred: PrefillSnapshot | None = None
+
+def pick_decode(
+    workers: Sequence[DecodeSnapshot], *, session_worker: str | None, turn: int, config: PolicyConfig
+) -> Decision:
+    """The same choice among a module's workers, which keep the base's KV of the prompts they served: what one holds
+    already need not be handed to it. Load is requests in flight. The paper has one worker per module."""
+    assert workers, "the caller answers 503 when no worker of the module is ready"
+    candidates = [_Candidate(worker.url, worker.inflight_requests, worker.matched_tokens) for worker in workers]
+    return _pick(candidates, session_worker, turn, config, load_margin=config.load_margin_requests)
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A worker of either role; `load` is in the role's own unit, as is the margin that it is compared with."""
+
+    url: str
+    load: int
+    matched_tokens: int
+
+
+def _pick(
+    workers: Sequence[_Candidate], session_worker: str | None, turn: int, config: PolicyConfig, *, load_margin: int
+) -> Decision:
+    preferred: _Candidate | None = None
     reason = Reason.LEAST_LOADED
     if session_worker is not None:
         preferred = next((worker for worker in workers if worker.url == session_worker), None)
@@ -74,29 +99,15 @@ def pick_prefill(
     if preferred is None:
         chosen = _least_loaded(workers, turn)
         return Decision(chosen.url, Reason.LEAST_LOADED, chosen.matched_tokens)
-    if _is_overloaded(preferred.inflight_tokens, least, config):
+    least = min(worker.load for worker in workers)
+    if preferred.load - least > load_margin and preferred.load > config.load_margin_ratio * least:
         chosen = _least_loaded(workers, turn)
         return Decision(chosen.url, Reason.LOAD, chosen.matched_tokens)
     return Decision(preferred.url, reason, preferred.matched_tokens)
 
 
-def pick_decode(workers: Sequence[DecodeSnapshot], *, turn: int) -> Decision:
-    """The module's worker with the fewest requests in flight; `turn` rotates among equals."""
-    assert workers, "the caller answers 503 when no worker of the module is ready"
-    least = min(worker.inflight_requests for worker in workers)
-    equals = [worker for worker in workers if worker.inflight_requests == least]
-    return Decision(equals[turn % len(equals)].url, Reason.LEAST_LOADED, 0)
-
-
-def _least_loaded(workers: Sequence[PrefillSnapshot], turn: int) -> PrefillSnapshot:
-    """Fewest tokens in flight; among those the longest match; among those by turn."""
-    best = min((worker.inflight_tokens, -worker.matched_tokens) for worker in workers)
-    equals = [worker for worker in workers if (worker.inflight_tokens, -worker.matched_tokens) == best]
+def _least_loaded(workers: Sequence[_Candidate], turn: int) -> _Candidate:
+    """Least in flight; among those the longest match; among those by turn."""
+    best = min((worker.load, -worker.matched_tokens) for worker in workers)
+    equals = [worker for worker in workers if (worker.load, -worker.matched_tokens) == best]
     return equals[turn % len(equals)]
-
-
-def _is_overloaded(inflight_tokens: int, least_tokens: int, config: PolicyConfig) -> bool:
-    return (
-        inflight_tokens - least_tokens > config.load_margin_tokens
-        and inflight_tokens > config.load_margin_ratio * least_tokens
-    )

@@ -1,8 +1,9 @@
-"""Which prefill worker has probably computed which prefix: hashed blocks of prompt bytes, no tokenizer.
+"""Which worker probably holds the base's KV of which prefix: hashed blocks of prompt bytes, no tokenizer.
 
-The index is shared by every decode module, since the base's KV is (paper §3.3): what the planner's request
-put on a worker is found by the coder's. It is a guess that only steers routing; the worker's own radix tree is
-the truth. SGLang's KV events could replace it without changing the policy.
+A prefill worker's prefixes are shared by every decode module, since the base's KV is (paper §3.3): what the
+planner's request put there is found by the coder's. A decode worker's are those of the prompts that it served. It
+is a guess that only steers routing; the worker's own radix tree is the truth. SGLang's KV events could replace it
+without changing the policy.
 """
 
 from __future__ import annotations

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.metrics_core import Metric
 
 
 class Outcome(StrEnum):
@@ -31,8 +33,10 @@ class CallRecord:
     """One finished call. Times in milliseconds; what was never measured is `None`.
 
     The token counts come from the prefill worker: what the base had to hold, what it found, and what of that
-    was first computed for another decode module. `rid` is the client's name of the call, `worker_rids` the
-    workers'.
+    was first computed for another decode module. `decision` is why the prefill worker was chosen, `matched_tokens`
+    what it was expected to hold; `decode_decision` and `decode_matched_tokens` are the same of the decode worker.
+    `rid` is the client's name of the call, `worker_rids` the workers'. `attempts` counts the pairs of legs; all else
+    is the last pair's.
     """
 
     rid: str
@@ -43,6 +47,8 @@ class CallRecord:
     decode_worker: str | None
     decision: str | None
     matched_tokens: int | None
+    decode_decision: str | None
+    decode_matched_tokens: int | None
     attempts: int
     prefill_tokens: int | None
     cached_tokens: int | None
@@ -102,8 +108,16 @@ class Metrics:
         self.decisions = counter("decisions", "Choices of a worker, by reason.", "role", "reason")
         self.legs_aborted = counter("legs_aborted", "Legs ended before their answer was complete.", "role", "cause")
         self.abort_failures = counter("abort_failures", "Abort messages that no worker confirmed.", "role")
-        self.retries = counter("retries", "Calls tried again after a refused connection.", "role")
+        self.retries = counter(
+            "retries", "Calls tried again: a worker of that role refused the connection, or was lost.", "role"
+        )
         self.worker_ready = gauge("worker_ready", "1 if the worker takes requests.", "role", "model", "worker")
+        self.worker_metrics_missing = gauge(
+            "worker_metrics_missing",
+            "1 if the sums of the workers' prefillshare_handoff and prefillshare_pages metrics on this page lack the "
+            "worker's: it is down, did not answer at /metrics in time, or shows none there.",
+            *("role", "model", "worker"),
+        )
         self.worker_inflight = gauge("worker_inflight_legs", "Legs in flight.", "role", "model", "worker")
         self.worker_inflight_tokens = gauge(
             "worker_inflight_prefill_tokens", "Estimated prompt tokens of prefill legs in flight.", "worker"
@@ -128,5 +142,20 @@ class Metrics:
         if record.outcome is Outcome.OK:
             self.e2e_s.labels(record.model).observe(record.e2e_ms / 1000)
 
-    def exposition(self) -> tuple[bytes, str]:
-        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+    def exposition(self, of_workers: Sequence[Metric] = ()) -> tuple[bytes, str]:
+        """Our own metrics and those of workers, which share no name."""
+        return generate_latest(self.registry) + generate_latest(_collected(of_workers)), CONTENT_TYPE_LATEST
+
+
+class _Families:
+    def __init__(self, families: Sequence[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def _collected(families: Sequence[Metric]) -> CollectorRegistry:
+    registry = CollectorRegistry()
+    registry.register(_Families(families))
+    return registry

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from http import HTTPStatus
@@ -22,7 +23,8 @@ from sglang_prefillshare.errors import WorkerError
 from sglang_prefillshare.protocol import BOUNDARY_RULE, WORKER_INFO_PATH, Role, WorkerInfo
 from sglang_prefillshare.routing.config import RouterConfig
 from sglang_prefillshare.routing.policy import DecodeSnapshot, PrefillSnapshot
-from sglang_prefillshare.routing.prefix_index import PrefixIndex
+from sglang_prefillshare.routing.prefix_index import BYTES_PER_TOKEN, PrefixIndex
+from sglang_prefillshare.routing.worker_metrics import WORKER_METRICS_PATH
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +167,8 @@ class Worker:
     lost: str | None = None
     was_seen: bool = False
     misses: int = 0
+    is_silent: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set from the first failed attempt to reach it to the next successful poll: long before it counts as down."""
     verdict: Verdict = Verdict(Status.STARTING, "not reached yet")
     legs: set[Leg] = field(default_factory=set)
     inflight_tokens: int = 0
@@ -174,8 +178,18 @@ class Worker:
         return self.verdict.status is Status.READY
 
     @property
+    def is_reachable(self) -> bool:
+        """It answers, whether or not it fits."""
+        return self.lost is None and self.was_seen
+
+    @property
     def label(self) -> str:
         return f"prefill worker {self.url}" if self.role is Role.PREFILL else f"worker {self.url} of {self.model!r}"
+
+    @property
+    def served_model(self) -> str | None:
+        """The decode module's name, or what a prefill worker calls the base; `None` until it said so."""
+        return self.model if self.model is not None else (self.info.model if self.info else None)
 
     @property
     def bootstrap(self) -> tuple[str, int]:
@@ -210,7 +224,7 @@ class Worker:
         return {
             "url": self.url,
             "role": self.role,
-            "model": self.model if self.model is not None else (self.info.model if self.info else None),
+            "model": self.served_model,
             "status": self.verdict.status,
             "reason": self.verdict.reason,
             "inflight_requests": len(self.legs),
@@ -251,20 +265,29 @@ class WorkerPool:
 
     # -- snapshots for the policy
 
-    def prefill_snapshots(self, chains: Sequence[Sequence[int]], *, block_tokens: int) -> list[PrefillSnapshot]:
+    def prefill_snapshots(
+        self, chains: Sequence[Sequence[int]], *, without: Worker | None = None
+    ) -> list[PrefillSnapshot]:
         """The ready prefill workers, with what the index expects each to hold of all of a request's prompts."""
         return [
-            PrefillSnapshot(
-                worker.url,
-                worker.inflight_tokens,
-                sum(self._index.match(worker.url, chain) for chain in chains) * block_tokens,
-            )
+            PrefillSnapshot(worker.url, worker.inflight_tokens, self._matched_tokens(worker, chains))
             for worker in self.prefill
-            if worker.is_ready
+            if worker.is_ready and worker is not without
         ]
 
-    def decode_snapshots(self, module: str) -> list[DecodeSnapshot]:
-        return [DecodeSnapshot(w.url, len(w.legs)) for w in self.decode[module] if w.is_ready]
+    def decode_snapshots(
+        self, module: str, chains: Sequence[Sequence[int]], *, without: Worker | None = None
+    ) -> list[DecodeSnapshot]:
+        """Likewise the ready workers of a decode module."""
+        return [
+            DecodeSnapshot(worker.url, len(worker.legs), self._matched_tokens(worker, chains))
+            for worker in self.decode[module]
+            if worker.is_ready and worker is not without
+        ]
+
+    def _matched_tokens(self, worker: Worker, chains: Sequence[Sequence[int]]) -> int:
+        block_tokens = max(1, self._config.prefix_block_bytes // BYTES_PER_TOKEN)
+        return sum(self._index.match(worker.url, chain) for chain in chains) * block_tokens
 
     def missing(self, modules: Sequence[str] | None = None) -> list[str]:
         """What keeps requests for `modules` (default: all) from being served, in words; empty if nothing."""
@@ -286,14 +309,10 @@ class WorkerPool:
 
     async def poll(self, worker: Worker, session: aiohttp.ClientSession) -> None:
         """Ask one worker for its description and judge all anew."""
-        headers = {}
-        if self._config.worker_api_key is not None:
-            headers["Authorization"] = f"Bearer {self._config.worker_api_key}"
-        timeout = aiohttp.ClientTimeout(total=self._config.poll_timeout_s)
         info: WorkerInfo | None = None
         problem: str | None = None
         try:
-            async with session.get(worker.url + WORKER_INFO_PATH, headers=headers, timeout=timeout) as response:
+            async with self._get(worker, WORKER_INFO_PATH, session) as response:
                 status = response.status
                 if status == HTTPStatus.OK:
                     info = WorkerInfo.from_json(await response.json(content_type=None), source=worker.url)
@@ -317,7 +336,27 @@ class WorkerPool:
         worker.info, worker.problem, worker.lost = info, problem, None
         worker.was_seen = True
         worker.misses = 0
+        worker.is_silent.clear()
         self._judge_all()
+
+    async def metrics_page(self, worker: Worker, session: aiohttp.ClientSession) -> str | None:
+        """A worker's metrics as it shows them (Prometheus text); `None` if it shows none."""
+        try:
+            async with self._get(worker, WORKER_METRICS_PATH, session) as response:
+                page = await response.read()
+                return page.decode("utf-8", "replace") if response.status == HTTPStatus.OK else None
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            logger.debug("%s does not show its metrics: %r", worker.label, error)
+            return None
+
+    def _get(
+        self, worker: Worker, path: str, session: aiohttp.ClientSession
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        headers = {}
+        if self._config.worker_api_key is not None:
+            headers["Authorization"] = f"Bearer {self._config.worker_api_key}"
+        timeout = aiohttp.ClientTimeout(total=self._config.poll_timeout_s)
+        return session.get(worker.url + path, headers=headers, timeout=timeout)
 
     def connection_refused(self, worker: Worker) -> None:
         """A leg found nobody listening: send nothing more there until a poll succeeds.
@@ -326,10 +365,12 @@ class WorkerPool:
         fail them if it is really gone.
         """
         worker.lost = "refused a connection"
+        worker.is_silent.set()
         self._judge_all()
 
     def _missed(self, worker: Worker, why: str) -> None:
         worker.misses += 1
+        worker.is_silent.set()
         if worker.misses >= self._config.poll_misses_until_down or not worker.was_seen:
             worker.lost = why
         self._judge_all()

@@ -32,6 +32,11 @@ STREAM = (
     b"data: {odd but ours}\n\n",
     b"data: [DONE]\n\n",
 )
+TRANSFER_FAILED = (
+    b'{"error":{"message":"Decode transfer failed for request rank=0 with exception KVTransferError(bootstrap_room=5): '
+    b'Lost connection with prefill instance","code":500}}'
+)
+"""As SGLang's decode worker words it."""
 WHOLE = b'{ "id":"x",  "choices":[{"message":{"content":"\xc3\xa9"}}] }'
 
 
@@ -65,11 +70,16 @@ class Seen:
 @dataclass
 class FakeWorker:
     """`behave` scripts the generation endpoints: ok, bad, broken, hang, hang_after_first, die, die_mid_stream,
-    die_mid_body, or "slow:<seconds>". What it saw is in `seen`, `aborted` and `dropped`."""
+    die_mid_body, broken_then_silent (to polls), transfer_failed, or "slow:<seconds>"; `script` goes first, one word a
+    call. What it saw is in `seen`, `aborted` and `dropped`. `metrics` is the page it shows; `None` is 404."""
 
     info: WorkerInfo
     behave: str = "ok"
+    script: list[str] = field(default_factory=list)
     info_behave: str = "ok"
+    metrics: str | None = None
+    metrics_behave: str = "ok"
+    metrics_headers: list[dict[str, str]] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     dropped: int = 0
@@ -86,6 +96,7 @@ class FakeWorker:
     async def start(self) -> None:
         app = web.Application(client_max_size=2**26)
         app.router.add_get(WORKER_INFO_PATH, self._info)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/abort_request", self._abort)
         app.router.add_post("/flush_cache", self._flush)
         app.router.add_get("/model_info", self._model_info)
@@ -118,6 +129,15 @@ class FakeWorker:
                 return web.Response(text="hello")
         return web.json_response(self.info.to_json())
 
+    async def _metrics(self, request: web.Request) -> web.StreamResponse:
+        self.metrics_headers.append(dict(request.headers))
+        if self.metrics_behave == "hang":
+            await asyncio.sleep(60)
+        if self.metrics is None:
+            raise web.HTTPNotFound
+        status = 500 if self.metrics_behave == "broken" else 200
+        return web.Response(status=status, text=self.metrics, content_type="text/plain")
+
     async def _abort(self, request: web.Request) -> web.StreamResponse:
         self.aborted.append((await request.json())["rid"])
         return web.Response()
@@ -144,7 +164,7 @@ class FakeWorker:
             raise
 
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
-        kind, _, argument = self.behave.partition(":")
+        kind, _, argument = (self.script.pop(0) if self.script else self.behave).partition(":")
         transport = request.transport
         assert transport is not None
         match kind:
@@ -154,6 +174,14 @@ class FakeWorker:
                 )
             case "broken":
                 return web.Response(status=500, text="ouch")
+            case "broken_then_silent":
+                self.info_behave = "503"
+                return web.Response(status=500, text="ouch")
+            case "transfer_failed" if not body.get("stream"):
+                return web.Response(status=500, body=TRANSFER_FAILED, content_type="application/json")
+            case "transfer_failed":
+                events = b"data: " + TRANSFER_FAILED + b"\n\ndata: [DONE]\n\n"
+                return web.Response(body=events, content_type="text/event-stream")
             case "hang":
                 await asyncio.sleep(60)
             case "die":
@@ -292,6 +320,7 @@ async def running_system(
         "poll_timeout_s": 0.2,
         "connect_timeout_s": 0.5,
         "request_timeout_s": 10.0,
+        "loss_wait_s": 0.2,
         "abort_timeout_s": 0.5,
         "stop_grace_s": 0.0,
     }

@@ -5,6 +5,7 @@ import dataclasses
 import json
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_prefillshare.protocol import Role
 from test.unit.routing.routing_harness import STREAM, WHOLE, run, running_system, until
@@ -124,13 +125,17 @@ def test_the_benchmark_finds_what_it_asks_for():
 def test_flush_cache_reports_a_worker_that_could_not_and_forgets_prefixes():
     async def scenario():
         async with running_system() as system:
-            await system.chat(messages=[{"role": "user", "content": "x" * 2000}])
-            assert system.router.index.block_count(system.prefill[0].url) > 0
+            for model in ("planner", "coder"):
+                await system.chat(model, messages=[{"role": "user", "content": "x" * 2000}])
+            assert all(system.router.index.block_count(worker.url) > 0 for worker in system.workers)
+            await system.post("/m/planner/flush_cache", {})
+            held = [system.router.index.block_count(worker.url) > 0 for worker in system.workers]
+            assert held == [False, False, True], "prefill's, planner's, coder's"
             system.decode["coder"][0].behave = "bad"
             answer = await system.post("/flush_cache", {})
             assert answer.status == 400
             assert answer.json()["failed"][0]["url"] == system.decode["coder"][0].url
-            assert system.router.index.block_count(system.prefill[0].url) == 0
+            assert system.router.index.block_count(system.decode["coder"][0].url) == 0
 
     run(scenario())
 
@@ -171,6 +176,91 @@ def test_metrics_count_requests_tokens_and_workers():
             assert await system.metric('inflight_requests{model="planner"}') == 0
             ready = f'worker_ready{{model="",role="prefill",worker="{system.prefill[0].url}"}}'
             assert await system.metric(ready) == 1
+
+    run(scenario())
+
+
+HANDOFFS = """# HELP sglang:num_running_reqs Theirs.
+# TYPE sglang:num_running_reqs gauge
+sglang:num_running_reqs{{model_name="x"}} 7.0
+# HELP prefillshare_handoffs_total Handoffs.
+# TYPE prefillshare_handoffs_total counter
+prefillshare_handoffs_total{{side="{side}",outcome="ok"}} {count}
+# HELP prefillshare_handoff_seconds Time of a handoff.
+# TYPE prefillshare_handoff_seconds histogram
+prefillshare_handoff_seconds_bucket{{side="{side}",outcome="ok",le="0.1"}} {count}
+prefillshare_handoff_seconds_bucket{{side="{side}",outcome="ok",le="+Inf"}} {count}
+prefillshare_handoff_seconds_sum{{side="{side}",outcome="ok"}} 0.5
+prefillshare_handoff_seconds_count{{side="{side}",outcome="ok"}} {count}
+# HELP prefillshare_pages_leased Pages.
+# TYPE prefillshare_pages_leased gauge
+prefillshare_pages_leased{{side="{side}",pid="1"}} 2.0
+prefillshare_pages_leased{{side="{side}",pid="2"}} 3.0
+"""
+
+
+def missing(worker, role: str, model: str) -> str:
+    return f'worker_metrics_missing{{model="{model}",role="{role}",worker="{worker.url}"}}'
+
+
+def test_metrics_have_the_sums_of_the_workers_handoffs():
+    async def scenario():
+        async with running_system(prefill=2, decode={"planner": 2, "coder": 1}, worker_api_key="k") as system:
+            for worker, count in zip(system.prefill, (1, 2), strict=True):
+                worker.metrics = HANDOFFS.format(side="prefill", count=count)
+            for worker, count in zip(system.decode["planner"], (10, 20), strict=True):
+                worker.metrics = HANDOFFS.format(side="decode", count=count)
+            system.decode["coder"][0].metrics = HANDOFFS.format(side="decode", count=400)
+            page = (await system.get("/metrics")).body.decode()
+            lines = page.splitlines()
+            for line in (
+                'prefillshare_handoffs_total{model="base",outcome="ok",side="prefill"} 3.0',
+                'prefillshare_handoffs_total{model="planner",outcome="ok",side="decode"} 30.0',
+                'prefillshare_handoffs_total{model="coder",outcome="ok",side="decode"} 400.0',
+                'prefillshare_handoff_seconds_bucket{le="0.1",model="planner",outcome="ok",side="decode"} 30.0',
+                'prefillshare_handoff_seconds_sum{model="planner",outcome="ok",side="decode"} 1.0',
+                'prefillshare_handoff_seconds_count{model="planner",outcome="ok",side="decode"} 30.0',
+                'prefillshare_pages_leased{model="base",side="prefill"} 10.0',
+                "# TYPE prefillshare_handoffs_total counter",
+            ):
+                assert lines.count(line) == 1, line
+            assert "sglang:" not in page
+            declared = [line.split()[1:3] for line in lines if line.startswith("#")]
+            assert all(declared.count(entry) == 1 for entry in declared)
+            families = list(text_string_to_metric_families(page))
+            assert len({family.name for family in families}) == len(families)
+            assert system.prefill[0].metrics_headers[0]["Authorization"] == "Bearer k"
+            assert await system.metric(missing(system.prefill[0], "prefill", "")) == 0
+
+    run(scenario())
+
+
+def test_workers_without_metrics_are_left_out_and_named():
+    async def scenario():
+        async with running_system(prefill=2, decode={"planner": 5}) as system:
+            good, none, hanging, broken, garbage = system.decode["planner"]
+            other_base, down = system.prefill
+            for worker in system.workers:
+                worker.metrics = HANDOFFS.format(side="decode", count=1)
+            none.metrics = None
+            hanging.metrics_behave, broken.metrics_behave = "hang", "broken"
+            garbage.metrics = 'prefillshare_handoffs_total{side="decode'
+            other_base.info = dataclasses.replace(other_base.info, base_fingerprint="base-2")
+            await down.stop()
+            await until(lambda: system.router.pool[down.url].verdict.status == "down")
+            other_base.info = dataclasses.replace(other_base.info, transfer_backend="other", boundary="other")
+            await until(lambda: system.router.pool[other_base.url].verdict.status == "refused")
+            async with asyncio.timeout(1):
+                lines = (await system.get("/metrics")).body.decode().splitlines()
+            counted = [line for line in lines if line.startswith("prefillshare_handoffs_total")]
+            assert counted == [
+                'prefillshare_handoffs_total{model="base",outcome="ok",side="decode"} 1.0',
+                'prefillshare_handoffs_total{model="planner",outcome="ok",side="decode"} 1.0',
+            ]
+            for worker, is_missing in ((good, 0), (none, 1), (hanging, 1), (broken, 1), (garbage, 1)):
+                assert await system.metric(missing(worker, "decode", "planner")) == is_missing
+            assert await system.metric(missing(other_base, "prefill", "")) == 0
+            assert await system.metric(missing(down, "prefill", "")) == 1
 
     run(scenario())
 

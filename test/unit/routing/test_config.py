@@ -50,7 +50,10 @@ def test_what_cannot_work_is_named(change, says):
         RouterConfig(**(GOOD | change))
 
 
-@pytest.mark.parametrize("change", [{"load_margin_tokens": -1}, {"load_margin_ratio": 0.5}, {"min_prefix_tokens": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"load_margin_tokens": -1}, {"load_margin_requests": -1}, {"load_margin_ratio": 0.5}, {"min_prefix_tokens": 0}],
+)
 def test_policy_margins_are_checked(change):
     with pytest.raises(ConfigError, match=next(iter(change))):
         PolicyConfig(**change)

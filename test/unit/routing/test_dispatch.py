@@ -7,7 +7,7 @@ import random
 import pytest
 
 from sglang_prefillshare.protocol import MODULE_HEADER
-from test.unit.routing.routing_harness import STREAM, WHOLE, run, running_system, until
+from test.unit.routing.routing_harness import STREAM, TRANSFER_FAILED, WHOLE, run, running_system, until
 
 
 def test_a_request_becomes_a_pair_and_decode_bytes_pass_untouched():
@@ -163,9 +163,10 @@ def test_decode_dying_in_a_stream_ends_it_with_an_error_event_and_no_done():
     run(scenario())
 
 
-def test_prefill_failing_after_decode_streamed_ends_the_stream():
+@pytest.mark.parametrize("prefill_workers", [1, 2])
+def test_prefill_failing_after_decode_streamed_ends_the_stream(prefill_workers):
     async def scenario():
-        async with running_system() as system:
+        async with running_system(prefill=prefill_workers) as system:
             system.prefill[0].behave, system.decode["planner"][0].behave = "slow:60", "hang_after_first"
             async with system.http.post(
                 system.url + "/generate", json={"model": "planner", "text": "x", "stream": True}
@@ -175,14 +176,16 @@ def test_prefill_failing_after_decode_streamed_ends_the_stream():
                 rest = await response.read()
             assert json.loads(rest.removeprefix(b"data: "))["error"]["code"] in (502, 503)
             await until(lambda: system.decode["planner"][0].aborted != [])
+            assert len(system.decode["planner"][0].seen) == (await system.last_call())["attempts"] == 1
             system.assert_idle()
 
     run(scenario())
 
 
-def test_prefill_failing_after_the_whole_answer_changes_nothing():
+@pytest.mark.parametrize("prefill_workers", [1, 2])
+def test_prefill_failing_after_the_whole_answer_changes_nothing(prefill_workers):
     async def scenario():
-        async with running_system(drain_timeout_s=0.1) as system:
+        async with running_system(prefill=prefill_workers, drain_timeout_s=0.1) as system:
             system.prefill[0].behave = "hang"
             answer = await system.chat()
             assert (answer.status, answer.body) == (200, WHOLE)
@@ -328,14 +331,211 @@ def test_a_refused_connection_without_another_worker_is_503(role):
     run(scenario())
 
 
-def test_an_error_is_not_tried_again():
+async def assert_prefilled_again(system, answer, *, stream):
+    """The call was answered by a second pair, and the first left nothing behind."""
+    first, second = system.prefill
+    decode = system.decode["planner"][0]
+    assert (answer.status, answer.body) == (200, b"".join(STREAM) if stream else WHOLE)
+    assert len(first.seen) == len(second.seen) == 1
+    old, new = (seen.body for seen in decode.seen)
+    assert old["bootstrap_room"] != new["bootstrap_room"] == second.seen[0].body["bootstrap_room"]
+    assert new["rid"] == second.seen[0].body["rid"]
+    assert not new["rid"].startswith(old["rid"]), "SGLang aborts by prefix"
+    assert set(decode.aborted) <= {old["rid"]}
+    call = await system.last_call()
+    assert (call["outcome"], call["attempts"], call["prefill_worker"]) == ("ok", 2, second.url)
+    assert call["worker_rids"] == [new["rid"]]
+    assert await system.metric('retries_total{role="prefill"}') == 1
+    system.assert_idle()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("how", ["die", "die_mid_body", "broken_then_silent", "stopped", "down"])
+def test_a_lost_prefill_leg_is_replaced_once_with_its_decode_leg(how, stream):
     async def scenario():
-        async with running_system(prefill=2) as system:
+        async with running_system(prefill=2, decode={"planner": 1}, loss_wait_s=3.0, poll_timeout_s=0.05) as system:
+            first, decode = system.prefill[0], system.decode["planner"][0]
+            first.script = ["hang" if how in ("stopped", "down") else how]
+            decode.script = ["hang"]
+            client = asyncio.create_task(system.chat(stream=stream, user="s"))
+            await asyncio.gather(first.arrived.wait(), decode.arrived.wait())
+            if how == "stopped":
+                await first.stop()
+            if how == "down":
+                first.info_behave = "hang"
+            await assert_prefilled_again(system, await client, stream=stream)
+            await until(lambda: decode.aborted == [decode.seen[0].body["rid"]])
+            first.script = ["die"]
+            assert (await system.chat(user="s")).status == 200
+            assert len(system.prefill[1].seen) == 2, "the session has moved"
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("order", ["prefill ends first", "decode fails first", "decode fails first, prefill is silent"])
+def test_the_end_of_prefill_and_what_decode_says_of_it_may_come_in_either_order(order, stream):
+    async def scenario():
+        async with running_system(
+            prefill=2, decode={"planner": 1}, loss_wait_s=3.0, poll_timeout_s=0.05, poll_misses_until_down=1000
+        ) as system:
+            first, decode = system.prefill[0], system.decode["planner"][0]
+            first.script = ["hang"]
+            decode.script = ["hang" if order == "prefill ends first" else "transfer_failed"]
+            client = asyncio.create_task(system.chat(stream=stream))
+            await asyncio.gather(first.arrived.wait(), decode.arrived.wait())
+            if order != "prefill ends first":
+                await asyncio.sleep(0.1)
+                assert not client.done()
+            if order == "decode fails first, prefill is silent":
+                first.info_behave = "hang"
+            else:
+                await first.stop()
+            await assert_prefilled_again(system, await client, stream=stream)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failed_transfer_from_a_prefill_worker_that_lives_is_decodes_error(stream):
+    async def scenario():
+        async with running_system(prefill=2, decode={"planner": 1}, drain_timeout_s=0.1) as system:
+            first, decode = system.prefill[0], system.decode["planner"][0]
+            first.behave, decode.behave = "hang", "transfer_failed"
+            answer = await system.chat(stream=stream)
+            if stream:
+                assert (answer.status, TRANSFER_FAILED in answer.body) == (200, True)
+            else:
+                assert (answer.status, answer.body) == (500, TRANSFER_FAILED)
+            await until(lambda: first.aborted == [first.seen[0].body["rid"]])
+            await until(lambda: system.router.pool.leg_count == 0)
+            assert len(decode.seen) == (await system.last_call())["attempts"] == 1
+            assert not system.prefill[1].seen
+
+    run(scenario())
+
+
+def test_a_prefill_worker_that_answers_polls_again_is_not_lost():
+    async def scenario():
+        async with running_system(prefill=2, poll_misses_until_down=1000) as system:
+            worker = system.router.pool.prefill[0]
+            system.prefill[0].info_behave = "503"
+            await until(lambda: worker.misses > 0)
+            system.prefill[0].info_behave = "ok"
+            await until(lambda: worker.misses == 0)
+            system.prefill[0].behave, system.decode["planner"][0].behave = "hang", "transfer_failed"
+            assert (await system.chat()).body == TRANSFER_FAILED
+            assert not system.prefill[1].seen
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_failed_transfer_after_prefill_answered_is_told_at_once(stream):
+    async def scenario():
+        async with running_system(prefill=2, decode={"planner": 1}, loss_wait_s=60.0) as system:
+            system.decode["planner"][0].behave = "transfer_failed"
+            async with asyncio.timeout(3):
+                assert (await system.chat(stream=stream)).status == (200 if stream else 500)
+            assert not system.prefill[1].seen
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("prefill_behave", "decode_behave", "status"),
+    [
+        ("bad", "hang", 400),
+        ("broken", "hang", 500),
+        ("hang", "bad", 400),
+        ("hang", "broken", 500),
+        ("hang", "die", 502),
+    ],
+)
+def test_other_errors_are_not_tried_again(prefill_behave, decode_behave, status):
+    async def scenario():
+        async with running_system(prefill=2, decode={"planner": 2}) as system:
+            for worker in system.prefill:
+                worker.behave = prefill_behave
+            for worker in system.decode["planner"]:
+                worker.behave = decode_behave
+            assert (await system.chat()).status == status
+            assert sum(len(worker.seen) for worker in system.prefill) == 1
+            assert sum(len(worker.seen) for worker in system.decode["planner"]) == 1
+            assert (await system.last_call())["attempts"] == 1
+            system.assert_idle()
+
+    run(scenario())
+
+
+def test_another_error_of_decode_does_not_wait_for_prefill():
+    async def scenario():
+        async with running_system(prefill=2, loss_wait_s=60.0) as system:
+            system.prefill[0].behave, system.decode["planner"][0].behave = "hang", "broken"
+            async with asyncio.timeout(3):
+                assert (await system.chat()).status == 500
+
+    run(scenario())
+
+
+def test_prefill_is_not_lost_twice():
+    async def scenario():
+        async with running_system(prefill=3) as system:
             for worker in system.prefill:
                 worker.behave = "die"
             system.decode["planner"][0].behave = "hang"
-            assert (await system.chat()).status == 502
-            assert sum(len(worker.seen) for worker in system.prefill) == 1
+            answer = await system.chat()
+            assert answer.status == 502 and "prefill worker" in answer.error
+            assert sorted(len(worker.seen) for worker in system.prefill) == [0, 1, 1]
+            call = await system.last_call()
+            assert (call["outcome"], call["attempts"]) == ("worker_failed", 2)
+            await until(lambda: len(system.decode["planner"][0].aborted) == 2)
+            system.assert_idle()
+
+    run(scenario())
+
+
+def test_without_another_ready_prefill_worker_the_loss_is_told():
+    async def scenario():
+        async with running_system(prefill=2, loss_wait_s=60.0) as system:
+            await system.prefill[1].stop()
+            await until(lambda: not system.router.pool.prefill[1].is_ready)
+            first, decode = system.prefill[0], system.decode["planner"][0]
+            decode.behave = "hang"
+            for behave, status in (("die", 502), ("broken", 500)):
+                first.behave = behave
+                assert (await system.chat()).status == status
+            first.behave, decode.behave = "hang", "transfer_failed"
+            assert (await system.chat()).body == TRANSFER_FAILED
+            assert [call["attempts"] for call in (await system.get("/calls")).json()["calls"]] == [1, 1, 1]
+            assert await system.metric('retries_total{role="prefill"}') == 0
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("how", ["client leaves", "deadline", "router stops"])
+@pytest.mark.parametrize(("first", "decode"), [("broken", "hang"), ("hang", "transfer_failed")])
+def test_the_wait_for_a_loss_ends_with_the_call(how, first, decode):
+    async def scenario():
+        limit_s = 0.5 if how == "deadline" else 60.0
+        async with running_system(prefill=2, loss_wait_s=60.0, request_timeout_s=limit_s) as system:
+            system.prefill[0].behave, system.decode["planner"][0].behave = first, decode
+            client = asyncio.create_task(system.chat())
+            await asyncio.gather(system.prefill[0].arrived.wait(), system.decode["planner"][0].arrived.wait())
+            await asyncio.sleep(0.1)
+            assert not client.done()
+            if how == "client leaves":
+                client.cancel()
+                await asyncio.gather(client, return_exceptions=True)
+                await until(lambda: system.router.pool.leg_count == 0)
+                assert (await system.last_call())["outcome"] == "disconnected"
+            elif how == "deadline":
+                assert (await client).status == 504
+            else:
+                system.router.dispatcher.stop()
+                assert (await client).status == 503
+            assert not system.prefill[1].seen
+            system.assert_idle()
 
     run(scenario())
 
@@ -398,11 +598,81 @@ def test_load_overrides_stickiness_and_the_session_moves():
     run(scenario())
 
 
+def test_a_conversation_stays_on_the_decode_worker_that_holds_its_prompts():
+    async def scenario():
+        async with running_system(decode={"planner": 3, "coder": 2}) as system:
+            messages = [{"role": "user", "content": "plan this: " + "x" * 600}]
+            for model in ("planner", "coder") * 3:
+                assert (await system.chat(model, messages=messages)).status == 200
+                messages = [*messages, {"role": "assistant", "content": "y" * 300}]
+            for group in system.decode.values():
+                assert sorted(len(worker.seen) for worker in group)[-2:] == [0, 3]
+            calls = (await system.get("/calls")).json()["calls"]
+            assert [call["decode_decision"] for call in calls] == ["least_loaded"] * 2 + ["prefix"] * 4
+            assert calls[0]["decode_matched_tokens"] == 0 < calls[2]["decode_matched_tokens"]
+            assert await system.metric('decisions_total{reason="prefix",role="decode"}') == 4
+
+    run(scenario())
+
+
+def test_a_session_key_sticks_to_its_decode_worker_of_each_module():
+    async def scenario():
+        async with running_system(decode={"planner": 2, "coder": 2}) as system:
+            for i in range(4):
+                for model in ("planner", "coder"):
+                    await system.chat(model, messages=[{"role": "user", "content": f"{i} unlike"}], user="s")
+            for group in system.decode.values():
+                assert sorted(len(worker.seen) for worker in group) == [0, 4]
+            assert await system.metric('decisions_total{reason="session",role="decode"}') == 6
+
+    run(scenario())
+
+
+def test_an_overloaded_decode_worker_is_left_and_the_session_moves():
+    async def scenario():
+        from sglang_prefillshare.routing.config import PolicyConfig
+
+        async with running_system(decode={"planner": 2}, policy=PolicyConfig(load_margin_requests=1)) as system:
+            await system.chat(user="s")
+            home = next(worker for worker in system.decode["planner"] if worker.seen)
+            other = next(worker for worker in system.decode["planner"] if worker is not home)
+            home.behave = "hang"
+            busy = [asyncio.create_task(system.chat(user="s")) for _ in range(2)]
+            await until(lambda: len(home.seen) == 3)
+            await system.chat(user="s")
+            assert len(other.seen) == 1
+            assert (await system.last_call())["decode_decision"] == "load"
+            for task in busy:
+                task.cancel()
+            await asyncio.gather(*busy, return_exceptions=True)
+            await system.chat(user="s")
+            assert len(other.seen) == 2
+            assert (await system.last_call())["decode_decision"] == "session"
+
+    run(scenario())
+
+
+def test_a_decode_worker_that_restarts_is_expected_to_hold_nothing():
+    async def scenario():
+        async with running_system(decode={"planner": 2}) as system:
+            messages = [{"role": "user", "content": "x" * 2000}]
+            await system.chat(messages=messages)
+            home = next(worker for worker in system.decode["planner"] if worker.seen)
+            assert system.router.index.block_count(home.url) > 0
+            await home.stop()
+            await until(lambda: not system.router.pool[home.url].is_ready)
+            await home.start()
+            await until(lambda: system.router.pool[home.url].is_ready)
+            assert system.router.index.block_count(home.url) == 0
+
+    run(scenario())
+
+
 def test_decode_requests_spread_over_a_modules_workers():
     async def scenario():
         async with running_system(decode={"planner": 2}) as system:
             first, second = system.decode["planner"]
-            first.behave = second.behave = "slow:0.2"
+            first.behave = second.behave = "slow:0.5"
             await asyncio.gather(*(system.chat() for _ in range(4)))
             assert (len(first.seen), len(second.seen)) == (2, 2)
 
