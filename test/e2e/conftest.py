@@ -46,7 +46,7 @@ def deployment(models: Models) -> Iterator[Deployment]:
 @pytest.fixture(scope="session")
 def plain_server(models: Models) -> Iterator[str]:
     """The base on an ordinary SGLang server: what the twin must be equal to."""
-    with launch_server(models.base) as url:
+    with launch_server(models.base, ["--enable-metrics"]) as url:  # as a role does: it adds fields to the answers
         yield url
 
 

@@ -66,8 +66,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 # What tells one server or moment from another, and what a decode worker does not say (the prompt's log-probabilities).
 _IGNORED = {
-    "id", "created", "model", "e2e_latency", "response_sent_to_client_ts", "cached_tokens", "cached_tokens_details",
-    "prompt_tokens_details", "input_token_logprobs", "input_top_logprobs", "system_fingerprint",
+    "id", "created", "model", "cached_tokens", "cached_tokens_details", "prompt_tokens_details",
+    "input_token_logprobs", "input_top_logprobs", "system_fingerprint",
+    "api_server_dispatch_finish_ts", "decode_throughput", "e2e_latency", "first_token_latency", "forward_entry_time",
+    "prefill_finished_ts", "prefill_launch_delay", "prefill_launch_latency", "queue_time", "request_finished_ts",
+    "request_received_ts", "response_sent_to_client_ts",
 }  # fmt: skip
 
 

@@ -41,7 +41,8 @@ def test_a_decode_worker_of_another_base_is_refused_in_the_handshake(deployment:
 
     for answer in asyncio.run(run()):
         assert answer.status == 500
-        assert "layout mismatch" in json.dumps(answer.body) and "prefillshare:psk1-" in json.dumps(answer.body)
+        reason = json.dumps(answer.body)
+        assert "serves base psk1-" in reason and "was fine-tuned on psk1-" in reason and "of its own base" in reason
 
 
 def test_workers_describe_their_base(deployment: Deployment, stranger: str) -> None:

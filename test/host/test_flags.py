@@ -20,7 +20,8 @@ for line in sys.stdin:
     argv = json.loads(line)
     try:
         args = prepare_server_args(argv)
-        names = ("disaggregation_mode", "disaggregation_transfer_backend", "disaggregation_decode_retraction_backup")
+        names = ("disaggregation_mode", "disaggregation_transfer_backend", "disaggregation_decode_retraction_backup",
+                 "disaggregation_decode_enable_radix_cache", "enable_metrics")
         print("RESULT" + json.dumps({name: getattr(args, name) for name in names}), flush=True)
     except SystemExit as exit:
         print(f"EXIT{exit.code}", flush=True)
@@ -84,6 +85,7 @@ REFUSED = {
     "an abbreviated flag": ("prefill base --disaggregation-mod decode", "contradicts --prefill-share-role prefill"),
     "quantized base": ("prefill base --quantization fp8", "another KV"),
     "random weights": ("prefill base --load-format dummy", "random weights"),
+    "memory saver": ("prefill base --enable-memory-saver", "cannot share with another process"),
     "fake transfers": ("prefill base --disaggregation-transfer-backend fake", "moves no KV"),
 }  # fmt: skip
 
@@ -118,7 +120,16 @@ def test_a_role_fills_in_what_it_needs(folder: Path) -> None:
     )
     from_file = parser.parse("--config", config)
     nixl = parser.parse(*command_line(folder, "prefill base --disaggregation-transfer-backend nixl"))
+    reachable = parser.parse(*command_line(folder, "prefill base --host 0.0.0.0"))
+    ours = parser.parse(
+        *command_line(folder, "prefill base --host 0.0.0.0 --disaggregation-transfer-backend prefillshare")
+    )
+    uncached = parser.parse(*command_line(folder, "decode coder --prefill-share-base base --disable-radix-cache"))
     errors = parser.close()
+    assert '"disaggregation_decode_enable_radix_cache": true, "enable_metrics": true' in decode
+    assert '"disaggregation_decode_enable_radix_cache": false' in uncached
+    assert '"disaggregation_transfer_backend": "nixl"' in reachable and "--host 0.0.0.0 lets other hosts in" in errors
+    assert '"disaggregation_transfer_backend": "prefillshare"' in ours
     assert '"disaggregation_mode": "prefill", "disaggregation_transfer_backend": "prefillshare"' in prefill, errors
     assert '"disaggregation_mode": "decode"' in decode and '"cpu_tensor"' in decode
     assert from_file == decode

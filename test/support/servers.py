@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_prefillshare.config import DecodeModule, RouterSettings, Topology, WorkerSettings
 from sglang_prefillshare.deployment import Deployment, DeploymentOptions, PortBlocks, Worker
@@ -147,3 +148,44 @@ async def until_idle(client: aiohttp.ClientSession, workers: Sequence[Worker], *
             return
         assert time.monotonic() < deadline, f"after {timeout_s} s still held (KV tokens, requests): {left}"
         await asyncio.sleep(0.2)
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffCounts:
+    """What one worker has counted of its handoffs since it started."""
+
+    by_outcome: Mapping[str, int]
+    held_tokens: int
+    moved_tokens: int
+    moved_bytes: int
+    pages_leased: int
+
+    def since(self, earlier: HandoffCounts) -> HandoffCounts:
+        outcomes = {name: n - earlier.by_outcome.get(name, 0) for name, n in self.by_outcome.items()}
+        return HandoffCounts(
+            by_outcome={name: n for name, n in outcomes.items() if n},
+            held_tokens=self.held_tokens - earlier.held_tokens,
+            moved_tokens=self.moved_tokens - earlier.moved_tokens,
+            moved_bytes=self.moved_bytes - earlier.moved_bytes,
+            pages_leased=self.pages_leased,
+        )
+
+
+async def handoff_counts(client: aiohttp.ClientSession, worker: Worker) -> HandoffCounts:
+    """Read a worker's `/metrics`; handoffs that ended well only, but for `by_outcome`."""
+    async with client.get(f"{worker.url}/metrics") as response:
+        families = list(text_string_to_metric_families(await response.text()))
+    samples = [sample for family in families for sample in family.samples]
+
+    def total(name: str, **labels: str) -> int:
+        found = (s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
+        return int(sum(found))
+
+    outcomes = {s.labels["outcome"] for s in samples if s.name == "prefillshare_handoffs_total"}
+    return HandoffCounts(
+        by_outcome={name: total("prefillshare_handoffs_total", outcome=name) for name in outcomes},
+        held_tokens=total("prefillshare_handoff_tokens_total", source="held", outcome="ok"),
+        moved_tokens=total("prefillshare_handoff_tokens_total", source="moved", outcome="ok"),
+        moved_bytes=total("prefillshare_handoff_bytes_total", source="moved", outcome="ok"),
+        pages_leased=total("prefillshare_pages_leased"),
+    )

@@ -29,12 +29,14 @@ def get_kv_class(original: Callable[..., Any], transfer_backend: Any, class_type
     """Hook on SGLang's table of backend classes."""
     if transfer_backend.value != BACKEND_NAME:
         return original(transfer_backend, class_type)
-    from sglang_prefillshare.host import backend
+    from sglang_prefillshare.host.backend import PrefillShareKVBootstrapServer, create_manager
+    from sglang_prefillshare.host.backend_decode import PrefillShareKVReceiver
+    from sglang_prefillshare.host.backend_prefill import PrefillShareKVSender
 
     classes: dict[str, Any] = {
-        "manager": backend.PrefillShareKVManager,
-        "sender": backend.PrefillShareKVSender,
-        "receiver": backend.PrefillShareKVReceiver,
-        "bootstrap_server": backend.PrefillShareKVBootstrapServer,
+        "manager": create_manager,
+        "sender": PrefillShareKVSender,
+        "receiver": PrefillShareKVReceiver,
+        "bootstrap_server": PrefillShareKVBootstrapServer,
     }
     return classes.get(class_type.value) or original(transfer_backend, class_type)

@@ -15,6 +15,7 @@ from typing import Any
 
 from sglang_prefillshare.errors import HandoffError
 from sglang_prefillshare.handoff.receipt import FIRST_SLOT, ROOM_MASK, Receipt
+from sglang_prefillshare.host import handoff_metrics
 from sglang_prefillshare.host.requests import MIN_PROMPT_TOKENS, is_fake_transfer
 from sglang_prefillshare.host.role import attach_role, refuse_unsupported_pool, role_of
 
@@ -28,6 +29,9 @@ def init_disaggregation(original: Callable[..., None], self: Any) -> None:
     attach_role(self)
     original(self)
     refuse_unsupported_pool(self)
+    manager = self.disagg_decode_prealloc_queue.kv_manager
+    if getattr(manager, "on_cuda", False):
+        manager.forward_stream = self.forward_stream
 
 
 def create_generation_req(original: Callable[..., Any], self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
@@ -42,6 +46,12 @@ def pre_alloc_fill_len(original: Callable[..., int], req: Any) -> int:
     return len(req.origin_input_ids) - 1 if awaits_first_token(req) else original(req)
 
 
+def match_prefix_and_lock(original: Callable[..., Any], self: Any, req: Any) -> Any:
+    """Look for x1..x(n-1) only in the cache of base KV: xn is the module's own input, whatever another prompt held."""
+    with _swapped([req], "origin_input_ids", lambda req: req.origin_input_ids[:-1]):
+        return original(self, req)
+
+
 def commit_transfer_to_req(original: Callable[..., None], self: Any, decode_req: Any) -> None:
     """Check the receipt, then let SGLang commit the handoff without the token that prefill sampled."""
     req = decode_req.req
@@ -53,8 +63,10 @@ def commit_transfer_to_req(original: Callable[..., None], self: Any, decode_req:
         receipt = Receipt.from_words(buffers.cached_tokens[index, FIRST_SLOT:].tolist())
         receipt.check(role_of(self.scheduler).receipt(req.origin_input_ids[:-1], cross_model_tokens=0))
     except HandoffError as error:
+        _count(self, decode_req, "refused")
         _abort(decode_req, str(error))
         return
+    _count(self, decode_req, "ok")
     buffers.bootstrap_room[index, 0] = int(buffers.bootstrap_room[index, 0]) ^ ROOM_MASK
     # SGLang's replay of a known token skips everything that belongs to a token sampled by prefill: its log-probability,
     # its sampling mask and its place in a reasoning section. xn is such a token, and then it is taken off again.
@@ -69,6 +81,38 @@ def commit_transfer_to_req(original: Callable[..., None], self: Any, decode_req:
         req.output_ids.pop()
 
 
+def abort_failed_transfer(original: Callable[..., None], self: Any, decode_req: Any) -> None:
+    """Count a handoff that failed; SGLang passes every one of them through here."""
+    original(self, decode_req)
+    if not is_fake_transfer(decode_req.req):
+        was_told_to = isinstance(decode_req.req.to_finish or decode_req.req.finished_reason, _finish_abort())
+        _count(self, decode_req, "aborted" if was_told_to else "failed")
+
+
+def _count(queue: Any, decode_req: Any, outcome: str) -> None:
+    """Count a handoff where it ends, whatever the transport; the time is known of our own only."""
+    manager = queue.scheduler.disagg_decode_prealloc_queue.kv_manager
+    page_size, page_bytes = manager.kv_args.page_size, sum(manager.kv_args.kv_item_lens)
+    needed = len(decode_req.req.origin_input_ids) - 1
+    held = decode_req.prefix_match.l1_prefix_len if decode_req.prefix_match is not None else 0
+    take_handoff_s = getattr(manager, "take_handoff_s", None)
+    handoff_metrics.observe(
+        "decode",
+        outcome,
+        held_tokens=held,
+        held_bytes=held // page_size * page_bytes,
+        moved_tokens=needed - held,
+        moved_bytes=-(-(needed - held) // page_size) * page_bytes,
+        seconds=take_handoff_s(decode_req.req.bootstrap_room) if take_handoff_s is not None else None,
+    )
+
+
+def _finish_abort() -> type:
+    from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+    return FINISH_ABORT  # type: ignore[no-any-return]
+
+
 def _abort(decode_req: Any, message: str) -> None:
     from sglang.srt.disaggregation.utils import prepare_abort
 
@@ -78,13 +122,23 @@ def _abort(decode_req: Any, message: str) -> None:
 
 
 def prepare_for_prebuilt(original: Callable[..., None], self: Any) -> None:
-    """Let SGLang build the batch over x1..x(n-1), the tokens whose KV is there."""
+    """Let SGLang build the batch over x1..x(n-1), the tokens whose KV is there.
+
+    `cached_tokens` stays what prefill found: what decode held itself saved a copy, not a computation.
+    """
+    for req in self.reqs:
+        if awaits_first_token(req):
+            req.already_computed = max(req.already_computed, req.prefix_len)
     with _swapped(self.reqs, "origin_input_ids", lambda req: req.origin_input_ids[:-1]):
         original(self)
 
 
 def process_prebuilt(original: Callable[..., None], self: Any, future_map: Any) -> None:
-    """Relay xn as the next input; a grammar must not see it; what is generated must never enter a radix tree."""
+    """Relay xn as the next input; a grammar must not see it; what is generated must never enter a radix tree.
+
+    SGLang publishes [0, n-1), floored to whole pages, in this call: the base's KV, which later prompts may find. From
+    then on the request is barred from the tree, so that its end, a retraction or a resumption adds nothing to it.
+    """
     fresh = [req for req in self.reqs if awaits_first_token(req)]
     with (
         _swapped(fresh, "grammar", lambda _req: None),

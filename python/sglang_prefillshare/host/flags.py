@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from sglang_prefillshare.errors import ConfigError, PrefillShareError
-from sglang_prefillshare.host.settings import BACKEND_NAME, RoleSettings, publish
+from sglang_prefillshare.host.settings import BACKEND_NAME, DEFAULT_LEASE_TIMEOUT_S, RoleSettings, publish
 from sglang_prefillshare.protocol import Role
 
 _EXPLICIT: Final = "_prefill_share_explicit"
+_CUDA_ALLOC_CONF: Final = "PYTORCH_CUDA_ALLOC_CONF"
 
 
 def add_cli_args(original: Callable[..., None], parser: argparse.ArgumentParser) -> None:
@@ -46,6 +47,14 @@ def add_cli_args(original: Callable[..., None], parser: argparse.ArgumentParser)
         action="store_true",
         default=False,
         help="Serve a decode module that has no prefillshare.json: its weights never learned to read the base's KV.",
+    )
+    group.add_argument(
+        "--prefill-share-lease-timeout",
+        metavar="SECONDS",
+        type=float,
+        default=DEFAULT_LEASE_TIMEOUT_S,
+        help="On prefill, with the prefillshare backend: how long pages are kept for a decode worker that was told of "
+        "them and does not confirm its copy (default: %(default)g).",
     )
     _remember_explicit_flags(parser)
 
@@ -111,7 +120,7 @@ def configure(role: Role, args: argparse.Namespace) -> RoleSettings:
     explicit: set[str] = getattr(args, _EXPLICIT, set())
     on_cpu = _is_cpu_platform()
     _refuse_contradictions(role, args)
-    implied = _implied(role, on_cpu=on_cpu)
+    implied = _implied(role, args, on_cpu=on_cpu)
     for name, value in implied.items():
         found = getattr(args, name)
         if name in explicit and found != value:
@@ -121,10 +130,22 @@ def configure(role: Role, args: argparse.Namespace) -> RoleSettings:
             )
         setattr(args, name, value)
     if "disaggregation_transfer_backend" not in explicit:
-        args.disaggregation_transfer_backend = BACKEND_NAME if on_cpu else "nixl"
-    _refuse_backend(args, on_cpu=on_cpu)
+        args.disaggregation_transfer_backend = _default_backend(args.host)
+    _refuse_backend(args)
     _set_environment(args)
     return _identify(role, args)
+
+
+def _default_backend(host: str | None) -> str:
+    """Ours where nobody else can be meant: a worker that listens on loopback only is paired on its own host."""
+    if _is_loopback(host):
+        return BACKEND_NAME
+    print(
+        f"prefillshare: --host {host} lets other hosts in, so KV is handed over through nixl. Where prefill and decode "
+        "are on one host, choose --disaggregation-transfer-backend prefillshare.",
+        file=sys.stderr,
+    )
+    return "nixl"
 
 
 def _is_cpu_platform() -> bool:
@@ -133,8 +154,10 @@ def _is_cpu_platform() -> bool:
     return bool(current_platform.device_type == "cpu")
 
 
-def _implied(role: Role, *, on_cpu: bool) -> dict[str, Any]:
-    implied: dict[str, Any] = {"disaggregation_mode": role.value}
+def _implied(role: Role, args: argparse.Namespace, *, on_cpu: bool) -> dict[str, Any]:
+    implied: dict[str, Any] = {"disaggregation_mode": role.value, "enable_metrics": True}
+    if role is Role.DECODE and not args.disable_radix_cache:
+        implied["disaggregation_decode_enable_radix_cache"] = True  # incremental handoff: base KV stays on decode
     if role is Role.DECODE and on_cpu:
         implied["disaggregation_decode_retraction_backup"] = "cpu_tensor"
     if role is Role.DECODE:
@@ -177,7 +200,6 @@ _CONTRADICTIONS: Final[dict[Role | None, dict[str, tuple[Any, str]]]] = {
             False,
             "it would store generated KV as if the base had made it",
         ),
-        "disaggregation_decode_enable_radix_cache": (False, "incremental handoff is not supported yet"),
     },
 }
 """Per role (None: both), SGLang's field, the one value that works, and why."""
@@ -201,7 +223,7 @@ def _refuse_contradictions(role: Role, args: argparse.Namespace) -> None:
         )
 
 
-def _refuse_backend(args: argparse.Namespace, *, on_cpu: bool) -> None:
+def _refuse_backend(args: argparse.Namespace) -> None:
     backend = args.disaggregation_transfer_backend
     if backend == BACKEND_NAME and args.tp_size > 1:
         raise ConfigError(f"--tp-size {args.tp_size} cannot be used with the prefillshare backend yet. Choose nixl.")
@@ -209,9 +231,15 @@ def _refuse_backend(args: argparse.Namespace, *, on_cpu: bool) -> None:
         raise ConfigError("--load-format dummy serves random weights under the base's identity. Remove the flag.")
     if backend == "fake":
         raise ConfigError("--disaggregation-transfer-backend fake moves no KV. Choose prefillshare or nixl.")
-    if backend == BACKEND_NAME and not on_cpu:
+    if backend == BACKEND_NAME and "expandable_segments:true" in os.environ.get(_CUDA_ALLOC_CONF, "").lower():
         raise ConfigError(
-            "--disaggregation-transfer-backend prefillshare works on CPU hosts for now. Choose nixl or mooncake."
+            f"{_CUDA_ALLOC_CONF} asks for expandable segments, which CUDA cannot share with another process. Unset it, "
+            "or choose --disaggregation-transfer-backend nixl."
+        )
+    if backend == BACKEND_NAME and args.enable_memory_saver:
+        raise ConfigError(
+            "--enable-memory-saver reserves the KV pool in a way that CUDA cannot share with another process. Remove "
+            "the flag, or choose --disaggregation-transfer-backend nixl."
         )
 
 
@@ -250,7 +278,14 @@ def _identify(role: Role, args: argparse.Namespace) -> RoleSettings:
             chat_template=args.chat_template,
             revision=args.revision,
         )
-        return RoleSettings(role, module, identity, True, args.disaggregation_transfer_backend)
+        return RoleSettings(
+            role,
+            module,
+            identity,
+            True,
+            args.disaggregation_transfer_backend,
+            lease_timeout_s=args.prefill_share_lease_timeout,
+        )
     if base is None:
         raise ConfigError(
             "--prefill-share-role decode needs --prefill-share-base MODEL: the base that the decode module was "

@@ -6,6 +6,7 @@ the layout empty for ordinary models; ours is the base's runtime fingerprint.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ def try_ensure_parallel_info(original: Callable[..., bool], self: Any, bootstrap
         found = self.prefill_info_table[bootstrap_addr].kv_layout
         reason = _why_refused(found, self.kv_layout, bootstrap_addr)
     except RuntimeError as error:
-        reason = str(error)
+        reason = _in_our_words(str(error), self.kv_layout, bootstrap_addr)
     if reason is None:
         return True
     self.prefill_info_table.pop(bootstrap_addr, None)
@@ -56,6 +57,17 @@ def _why_refused(found: str | None, wanted: str, bootstrap_addr: str) -> str | N
     return (
         f"prefill worker {bootstrap_addr} runs without --prefill-share-role prefill: its KV would end with a token "
         "sampled by the base. Start it with the role."
+    )
+
+
+def _in_our_words(error: str, wanted: str, bootstrap_addr: str) -> str:
+    """SGLang's reason, but for layouts that are fingerprints: it would advise flags that have nothing to do with it."""
+    found = re.search(rf"kv_layout={LAYOUT_PREFIX}([\w-]+), but decode", error)
+    if found is None:
+        return error
+    return (
+        f"prefill worker {bootstrap_addr} serves base {found[1]}, this decode module was fine-tuned on "
+        f"{wanted.removeprefix(LAYOUT_PREFIX)}. Point it at a prefill worker of its own base."
     )
 
 

@@ -53,6 +53,19 @@ def create_generation_req(original: Callable[..., Any], self: Any, recv_req: Any
     return req
 
 
+def num_pages_to_send(original: Callable[..., int], self: Any, req: Any, decode_prefix_len: int) -> int:
+    """Refuse a decode worker that says it holds more of the prompt than the prompt has: SGLang would never send, and
+    hold the request for ever."""
+    if decode_prefix_len > len(req.origin_input_ids):
+        req.disagg_kv_sender.kv_mgr.conclude_failure(
+            bootstrap_room=req.bootstrap_room,
+            failure_reason=f"prefill was given {len(req.origin_input_ids)} tokens of this prompt, decode holds "
+            f"{decode_prefix_len} already. The two sides tokenized the prompt differently.",
+        )
+        return 0
+    return original(self, req, decode_prefix_len)
+
+
 def _neutral_sampling(scheduler: Any) -> Any:
     from sglang.srt.sampling.sampling_params import SamplingParams
 

@@ -148,6 +148,10 @@ PREFILL: Final = (
         "the receipt travels with the KV", "handoffs carry a token digest and a model identity",
     ),
     Seam(
+        f"{_PREFILL}.PrefillBootstrapQueue._num_pages_to_send", "prefill_role:num_pages_to_send", "around",
+        ("self", "req", "decode_prefix_len"), "what decode says it holds is checked", "SGLang checks it",
+    ),
+    Seam(
         f"{_PREFILL}.PrefillBootstrapQueue._init_kv_manager", "handshake:init_kv_manager", "around", ("self",),
         "the base's identity is in the handshake", "the handshake compares model identities",
     ),
@@ -171,6 +175,10 @@ DECODE: Final = (
         ("req",), "ask prefill for n-1 tokens of KV", _FIRST_TOKEN,
     ),
     Seam(
+        f"{_DECODE}.DecodePreallocQueue._match_prefix_and_lock", "decode_role:match_prefix_and_lock", "around",
+        ("self", "req"), "decode's cache holds the KV of x1..x(n-1); xn is computed", _FIRST_TOKEN,
+    ),
+    Seam(
         f"{_DECODE}.DecodePreallocQueue._init_kv_manager", "handshake:init_kv_manager", "around", ("self",),
         "the base's identity is in the handshake", "the handshake compares model identities",
     ),
@@ -187,6 +195,10 @@ DECODE: Final = (
     Seam(
         f"{_DECODE}.DecodeTransferQueue._commit_transfer_to_req", "decode_role:commit_transfer_to_req", "around",
         ("self", "decode_req"), "check the receipt, drop the token that prefill sampled", _FIRST_TOKEN,
+    ),
+    Seam(
+        f"{_DECODE}.DecodeTransferQueue._abort_failed_transfer", "decode_role:abort_failed_transfer", "around",
+        ("self", "decode_req"), "failed handoffs are counted", "SGLang counts handoffs by outcome",
     ),
     Seam(
         f"{_BATCH}.prepare_for_prebuilt", "decode_role:prepare_for_prebuilt", "around", ("self",),

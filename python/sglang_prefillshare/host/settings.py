@@ -13,6 +13,7 @@ from sglang_prefillshare.protocol import Role
 
 ENV_NAME: Final = "SGLANG_PREFILL_SHARE_SETTINGS"
 BACKEND_NAME: Final = "prefillshare"
+DEFAULT_LEASE_TIMEOUT_S: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,8 @@ class RoleSettings:
     identity: BaseIdentity
     trained: bool
     transfer_backend: str
+    lease_timeout_s: float = DEFAULT_LEASE_TIMEOUT_S
+    """How long prefill keeps pages for a decode worker that does not confirm its copy."""
 
     @property
     def shares_kv_pool(self) -> bool:
@@ -59,3 +62,9 @@ def current_settings() -> RoleSettings | None:
     """This process's role, or None where SGLang runs as if we were not installed."""
     text = os.environ.get(ENV_NAME)
     return RoleSettings.from_env(text) if text else None
+
+
+def lease_timeout_s() -> float:
+    """`RoleSettings.lease_timeout_s` of this process; the default where the backend runs without a role, in tests."""
+    settings = current_settings()
+    return settings.lease_timeout_s if settings is not None else DEFAULT_LEASE_TIMEOUT_S

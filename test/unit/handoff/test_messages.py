@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import types
 import typing
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import pytest
@@ -19,28 +19,36 @@ from sglang_prefillshare.handoff.messages import TAG, Message, decode, encode
 KINDS: tuple[type[msgspec.Struct], ...] = typing.get_args(Message)
 
 
+def hints(kind: Any) -> dict[str, Any]:
+    """The types of a struct's fields, with their constraints."""
+    return typing.get_type_hints(kind, include_extras=True)
+
+
 def values(kind: Any) -> st.SearchStrategy[Any]:
     """Values of a field's type."""
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return structs(kind)
     origin, of = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Annotated:
+        limits = of[1]
+        return st.integers(limits.ge, 2**64 - 1 if limits.le is None else limits.le)
     if origin in (typing.Union, types.UnionType):
         return st.one_of([values(each) for each in of])
-    if origin is tuple:
-        assert of[1:] == (...,), kind
+    if origin is tuple and of[1:] == (...,):
         return st.lists(values(of[0]), max_size=5).map(tuple)
+    if origin is tuple:
+        return st.tuples(*[values(each) for each in of])
     plain: dict[Any, st.SearchStrategy[Any]] = {
         int: st.integers(-(2**63), 2**64 - 1),
         str: st.text(),
         bytes: st.binary(),
-        bool: st.booleans(),
         type(None): st.none(),
     }
     return plain[kind]
 
 
 def structs(kind: type[msgspec.Struct]) -> st.SearchStrategy[Any]:
-    return st.builds(kind, **{name: values(of) for name, of in typing.get_type_hints(kind).items()})
+    return st.builds(kind, **{name: values(of) for name, of in hints(kind).items()})
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
@@ -50,19 +58,25 @@ def kind(request: pytest.FixtureRequest) -> type[msgspec.Struct]:
 
 
 def example(kind: type[msgspec.Struct]) -> dict[str, Any]:
-    """A message of this kind, as what goes over the wire."""
+    """A message of this kind, as what goes over the wire; of several types the first."""
     plain = {int: 1, str: "x", bytes: b"\1\0\0\0"}
 
     def of(hint: Any) -> Any:
         if isinstance(hint, type) and issubclass(hint, msgspec.Struct):
-            return {name: of(inner) for name, inner in typing.get_type_hints(hint).items()}
-        if typing.get_origin(hint) in (typing.Union, types.UnionType):
-            return of(typing.get_args(hint)[0])
-        if typing.get_origin(hint) is tuple:
-            return [of(typing.get_args(hint)[0])]
+            tag = hint.__struct_config__.tag
+            return {
+                **({} if tag is None else {"type": tag}),
+                **{name: of(inner) for name, inner in hints(hint).items()},
+            }
+        origin, inner = typing.get_origin(hint), typing.get_args(hint)
+        if origin in (typing.Union, types.UnionType, Annotated):
+            return of(inner[0])
+        if origin is tuple:
+            return [of(each) for each in inner if each is not ...]
         return plain[hint]
 
-    return {"type": kind.__name__, **{name: of(hint) for name, hint in typing.get_type_hints(kind).items()}}
+    whole: dict[str, Any] = of(kind)
+    return whole
 
 
 def wire(value: Any) -> list[bytes]:
@@ -138,7 +152,17 @@ def test_text_that_is_not_utf_8_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "frames", [[], [b""], [b"KVPOLL", b"x"], [TAG + b"0", b"x"], [b"x", TAG], [b"None", b"1", b"2"]]
+    "frames",
+    [
+        [],
+        [b""],
+        [b"STATUS", b"x"],
+        [b"ABORT", b"1", b"2"],
+        [b"x", TAG],
+        [TAG.partition(b"/")[0], b"x"],
+        [TAG.lower(), b"x"],
+        [b" " + TAG, b"x"],
+    ],
 )
 def test_frames_of_others_are_left_to_them(frames: list[bytes]) -> None:
     assert decode(frames) is None
@@ -148,6 +172,118 @@ def test_frames_of_others_are_left_to_them(frames: list[bytes]) -> None:
 def test_another_number_of_frames_is_refused(count: int) -> None:
     with pytest.raises(HandoffError, match=f"has {count + 1} frames, wanted 2"):
         decode([TAG, *([wire(example(messages.Pulled))[1]] * count)])
+
+
+@pytest.mark.parametrize(
+    ("tag", "name"),
+    [
+        (b"PREFILLSHARE/2", "PREFILLSHARE/2"),
+        (b"PREFILLSHARE/30", "PREFILLSHARE/30"),
+        (b"PREFILLSHARE/", "PREFILLSHARE/"),
+        (b"PREFILLSHARE/3 ", "PREFILLSHARE/3 "),
+        (b"PREFILLSHARE/\xff", "PREFILLSHARE/\N{REPLACEMENT CHARACTER}"),
+    ],
+)
+@pytest.mark.parametrize("payload_frames", [0, 1, 2])
+def test_a_peer_of_another_version_is_refused_by_both_versions_names(
+    tag: bytes, name: str, payload_frames: int
+) -> None:
+    message = f"a peer speaks {name}, this worker PREFILLSHARE/3. Run the same sglang-prefillshare version"
+    with pytest.raises(HandoffError, match=message):
+        decode([tag, *([wire(example(messages.Pulled))[1]] * payload_frames)])
+
+
+# ---- what a field may hold -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        (messages.Pool, "lease_bytes"),
+        (messages.Pool, "page_count"),
+        (messages.Want, "page_count"),
+        (messages.Want, "prefix_tokens"),
+        (messages.Pages, "first"),
+        (messages.Pages, "lease_slot"),
+    ],
+)
+def test_a_count_is_zero_or_more(kind: type[msgspec.Struct], name: str) -> None:
+    assert getattr(decode(wire({**example(kind), name: 0})), name) == 0
+    with pytest.raises(HandoffError, match=rf"`int` >= 0 - at `\$\.{name}`"):
+        decode(wire({**example(kind), name: -1}))
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {"type": "HostMemory", "fd": 3, "region_bytes": -1, "offsets": [0]},
+        {"type": "HostMemory", "fd": 3, "region_bytes": 64, "offsets": [0, -64]},
+        {"type": "CudaMemory", "device_uuid": "x", "handles": [b"x"], "buffers": [[0, 0], [-1, 0]]},
+        {"type": "CudaMemory", "device_uuid": "x", "handles": [b"x"], "buffers": [[0, 0], [0, -1]]},
+    ],
+)
+def test_no_buffer_of_a_pool_begins_before_its_memory(memory: dict[str, Any]) -> None:
+    with pytest.raises(HandoffError, match="`int` >= 0 - at"):
+        decode(wire({**example(messages.Pool), "memory": memory}))
+
+
+@pytest.mark.parametrize(("port", "is_one"), [(1, True), (65535, True), (0, False), (65536, False), (-1, False)])
+def test_a_port_is_one_that_can_be_listened_on(port: int, is_one: bool) -> None:
+    frames = wire({**example(messages.Register), "port": port})
+    if is_one:
+        message = decode(frames)
+        assert isinstance(message, messages.Register) and message.port == port
+    else:
+        with pytest.raises(HandoffError, match=r"does not decode.*at `\$\.port`"):
+            decode(frames)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        messages.HostMemory(fd=7, region_bytes=8192, offsets=(0, 4096)),
+        messages.CudaMemory(device_uuid="GPU-1", handles=(b"h" * 64,), buffers=((0, 0), (0, 1 << 40))),
+    ],
+)
+def test_a_pool_is_in_host_memory_or_on_a_gpu_and_arrives_as_the_one_it_is(memory: Any) -> None:
+    sent = msgspec.structs.replace(decode(wire(example(messages.Pool))), memory=memory)
+    got = decode(encode(sent))
+    assert isinstance(got, messages.Pool)
+    assert (type(got.memory), got.memory) == (type(memory), memory)
+
+
+HOST_MEMORY = {"type": "HostMemory", "fd": 3, "region_bytes": 64, "offsets": [0]}
+CUDA_MEMORY = {"type": "CudaMemory", "device_uuid": "x", "handles": [b"x"], "buffers": [[0, 0]]}
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        None,
+        {key: value for key, value in HOST_MEMORY.items() if key != "type"},
+        {**HOST_MEMORY, "type": "FloppyDisk"},
+        {**HOST_MEMORY, "type": "CudaMemory"},
+        {**CUDA_MEMORY, "type": "HostMemory"},
+        {**CUDA_MEMORY, "buffers": [[0]]},
+        {**CUDA_MEMORY, "buffers": [[0, 0, 0]]},
+        {**CUDA_MEMORY, "handles": [3]},
+    ],
+)
+def test_a_pool_in_memory_of_no_known_kind_is_refused(memory: Any) -> None:
+    for whole in (HOST_MEMORY, CUDA_MEMORY):
+        assert decode(wire({**example(messages.Pool), "memory": whole})) is not None
+    with pytest.raises(HandoffError, match=r"does not decode.*at `\$\.memory"):
+        decode(wire({**example(messages.Pool), "memory": memory}))
+
+
+def test_no_metadata_empty_metadata_and_empty_rows_are_told_apart() -> None:
+    for metadata in (None, (), (b"",), (b"a", b"bc")):
+        sent = msgspec.structs.replace(decode(wire(example(messages.Pages))), metadata=metadata)
+        got = decode(encode(sent))
+        assert isinstance(got, messages.Pages) and got.metadata == metadata
+
+
+# ---- no code comes over the wire -----------------------------------------------------------------------------------
 
 
 class Trap:

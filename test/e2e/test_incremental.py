@@ -1,0 +1,178 @@
+"""A handoff moves what decode does not hold yet, and decode holds the base's KV only: nothing that a module wrote."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from sglang_prefillshare.deployment import Deployment
+from test.e2e.conftest import Models
+from test.support.models import make_base, make_decode_module, sample_prompt
+from test.support.oracle import Oracle, clear_prompt
+from test.support.servers import (
+    HandoffCounts,
+    deploy,
+    greedy,
+    handoff_counts,
+    post,
+    session,
+    topology,
+    until_idle,
+)
+
+NEW_TOKENS = 12
+AGENTS = ("planner", "coder")
+
+
+@pytest.fixture(scope="module")
+def oracles(models: Models) -> dict[str, Oracle]:
+    return {"planner": Oracle(models.base, models.planner), "coder": Oracle(models.base, models.coder)}
+
+
+async def ask(client: aiohttp.ClientSession, deployment: Deployment, model: str, prompt: list[int]) -> list[int]:
+    body = greedy(prompt, NEW_TOKENS, model=model)
+    return (await post(client, f"{deployment.router_url}/generate", body)).token_ids
+
+
+async def counted(
+    client: aiohttp.ClientSession, deployment: Deployment, model: str, prompt: list[int]
+) -> tuple[list[int], HandoffCounts]:
+    """An answer, and what its handoff added to the counts of its decode worker."""
+    before = await handoff_counts(client, deployment.worker(model))
+    ids = await ask(client, deployment, model, prompt)
+    return ids, (await handoff_counts(client, deployment.worker(model))).since(before)
+
+
+def test_later_turns_move_only_what_the_decode_worker_does_not_hold(deployment: Deployment, models: Models) -> None:
+    """Two agents take turns over one context: each moves the whole context once, then what was appended since."""
+
+    async def run() -> None:
+        context = sample_prompt(600, seed=4001)
+        held = dict.fromkeys(AGENTS, 0)
+        async with session() as client:
+            per_token = 0
+            for turn in range(6):
+                agent = AGENTS[turn % 2]
+                ids, counts = await counted(client, deployment, agent, context)
+                needed = len(context) - 1
+                assert counts.by_outcome == {"ok": 1}
+                assert (counts.held_tokens, counts.moved_tokens) == (held[agent], needed - held[agent])
+                per_token = per_token or counts.moved_bytes // counts.moved_tokens
+                assert counts.moved_bytes <= 1.02 * (needed - held[agent]) * per_token
+                held[agent] = needed
+                context = [*context, *ids, *sample_prompt(20, seed=4100 + turn)]
+            _, again = await counted(client, deployment, agent, context[: held[agent] + 1])
+            assert (again.moved_tokens, again.moved_bytes) == (0, 0)
+
+    asyncio.run(run())
+
+
+def test_what_a_module_generated_is_not_taken_for_the_bases_kv(
+    deployment: Deployment, oracles: dict[str, Oracle]
+) -> None:
+    """The next prompt contains the answer: decode has its own KV of those tokens, and must fetch the base's."""
+
+    async def run() -> None:
+        for seed in range(5):
+            prompt, follow_up, wanted = _with_follow_up(oracles["coder"], seed)
+            async with session() as client:
+                assert await ask(client, deployment, "coder", prompt) == wanted[0]
+                ids, counts = await counted(client, deployment, "coder", follow_up)
+            assert ids == wanted[1]
+            assert counts.held_tokens == len(prompt) - 1, "decode held KV that the base did not compute"
+            assert counts.moved_tokens == len(follow_up) - len(prompt)
+
+    asyncio.run(run())
+
+
+def _with_follow_up(oracle: Oracle, seed: int) -> tuple[list[int], list[int], tuple[list[int], list[int]]]:
+    """A prompt, a prompt that continues it by the answer and an observation, and both answers, without near ties."""
+    for attempt in range(20):
+        prompt = clear_prompt(oracle, 80 + seed, NEW_TOKENS, seed=5000 + 100 * seed + attempt)
+        answer = oracle.generate(prompt, NEW_TOKENS).token_ids
+        follow_up = [*prompt, *answer, *sample_prompt(9, seed=seed)]
+        second = oracle.generate(follow_up, NEW_TOKENS)
+        if second.smallest_gap >= 3e-3:
+            return prompt, follow_up, (answer, second.token_ids)
+    raise AssertionError("no prompt whose follow-up has a clear answer")
+
+
+@pytest.fixture(scope="module")
+def small_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Deployment, Oracle]]:
+    """Pages of 16 tokens; a decode worker with room for some 1,800 tokens, which retracts a request now and then."""
+    folder = tmp_path_factory.mktemp("small")
+    base = make_base(folder / "base", seed=21)
+    coder = make_decode_module(folder / "coder", base, seed=22)
+    described = topology(
+        base, {"coder": coder}, args={"page-size": 16}, max_total_tokens=1792, num_reserved_decode_tokens=32
+    )
+    module = described.decode[0]
+    settings = dataclasses.replace(module.settings, env={"SGLANG_TEST_RETRACT": "1"})
+    described = dataclasses.replace(described, decode=(dataclasses.replace(module, settings=settings),))
+    with deploy(described) as running:
+        yield running, Oracle(base, coder)
+
+
+def test_under_pressure_decode_evicts_and_every_answer_stays_right(small_pool: tuple[Deployment, Oracle]) -> None:
+    """Twelve prompts of 400 tokens and their follow-ups, four at a time, in a pool that holds four of them."""
+    deployment, oracle = small_pool
+    prompts = [clear_prompt(oracle, 400 + 7 * i, NEW_TOKENS, seed=6000 + i) for i in range(12)]
+    wanted = [oracle.generate(prompt, NEW_TOKENS).token_ids for prompt in prompts]
+
+    async def run() -> Any:
+        gate = asyncio.Semaphore(4)
+        async with session() as client:
+
+            async def one(prompt: list[int]) -> list[int]:
+                async with gate:
+                    return await ask(client, deployment, "coder", prompt)
+
+            rounds = [await asyncio.gather(*map(one, prompts)) for _ in range(2)]
+            await until_idle(client, deployment.workers)
+            return rounds, await handoff_counts(client, deployment.worker("coder"))
+
+    rounds, counts = asyncio.run(run())
+    assert rounds == [wanted, wanted]
+    needed = 2 * sum(len(prompt) - 1 for prompt in prompts)
+    assert counts.held_tokens + counts.moved_tokens == needed
+    assert counts.moved_tokens > needed * 0.6, "the pool cannot have held all prompts"
+    assert counts.pages_leased == 0
+
+
+def test_retracted_requests_leave_the_cache_clean(small_pool: tuple[Deployment, Oracle]) -> None:
+    """A request that is retracted and resumed brings generated KV back into the pool, and must not publish it."""
+    deployment, oracle = small_pool
+
+    async def run() -> None:
+        async with session() as client:
+            for seed in range(10, 14):
+                prompt, follow_up, wanted = _with_follow_up(oracle, seed)
+                assert await ask(client, deployment, "coder", prompt) == wanted[0]
+                ids, counts = await counted(client, deployment, "coder", follow_up)
+                assert ids == wanted[1]
+                assert counts.held_tokens == (len(prompt) - 1) // 16 * 16
+
+    asyncio.run(run())
+
+
+def test_a_decode_worker_without_a_cache_moves_everything(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", seed=31)
+    coder = make_decode_module(tmp_path / "coder", base, seed=32)
+    oracle = Oracle(base, coder)
+    prompt = clear_prompt(oracle, 120, NEW_TOKENS, seed=33)
+
+    async def run(deployment: Deployment) -> None:
+        async with session() as client:
+            for _ in range(2):
+                ids, counts = await counted(client, deployment, "coder", prompt)
+                assert ids == oracle.generate(prompt, NEW_TOKENS).token_ids
+                assert (counts.held_tokens, counts.moved_tokens) == (0, 119)
+
+    with deploy(topology(base, {"coder": coder}, disable_radix_cache=True)) as running:
+        asyncio.run(run(running))
