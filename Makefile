@@ -1,6 +1,6 @@
 # `make` lists what there is to do.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint fmt bench-router bench-idle clean
+.PHONY: help setup demo test test-slow soak lint fmt bench-handoff bench-router bench-idle clean
 
 PYTHON := .venv/bin/python
 # Several processes of several OpenMP threads each stall one another on a small machine.
@@ -29,6 +29,9 @@ lint: setup ## Check style, format and types
 fmt: setup ## Format the code and sort its imports
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
+
+bench-handoff: setup ## Measure the KV handoff against NIXL, plain torch and memcpy (about 10 minutes)
+	@$(PYTHON) benchmark/handoff/run.py
 
 bench-router: setup ## Measure what the router adds to a request
 	@$(PYTHON) benchmark/serving/router.py
