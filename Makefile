@@ -32,6 +32,7 @@ fmt: setup ## Format the code and sort its imports
 
 bench-handoff: setup ## Measure the KV handoff against NIXL, plain torch and memcpy (about 10 minutes)
 	@$(PYTHON) benchmark/handoff/run.py
+	@$(PYTHON) benchmark/handoff/session.py
 
 bench-router: setup ## Measure what the router adds to a request
 	@$(PYTHON) benchmark/serving/router.py
