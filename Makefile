@@ -21,6 +21,9 @@ test: setup ## Run the tests, on real SGLang servers with tiny models (about 10 
 test-slow: setup ## Run every test, the full oracle set too (about 30 minutes)
 	@$(PYTHON) -m pytest -q test
 
+soak: setup ## Make 10,000 handoffs and 500 requests with faults: nothing may be wrong, leak or hang (about 5 minutes)
+	@$(PYTHON) test/soak/run.py
+
 lint: setup ## Check style, format and types
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .

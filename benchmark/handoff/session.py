@@ -22,7 +22,6 @@ from typing import Any, Final
 
 import aiohttp
 import click
-from prometheus_client.parser import text_string_to_metric_families
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -32,7 +31,7 @@ from examples.demo.models import prepare_models  # noqa: E402
 from sglang_prefillshare.config import topology_from  # noqa: E402
 from sglang_prefillshare.deployment import Deployment, Worker  # noqa: E402
 from sglang_prefillshare.display import Display  # noqa: E402
-from test.support.servers import handoff_counts  # noqa: E402
+from test.support.servers import handoff_counts, metric_samples  # noqa: E402
 
 AGENTS: Final = ("planner", "coder", "reviewer", "critic")
 INCREMENT_TOKENS: Final = 64
@@ -158,9 +157,7 @@ async def ask(
 
 async def handoff_s(client: aiohttp.ClientSession, worker: Worker) -> float:
     """Seconds that handoffs have kept this decode worker waiting since it started."""
-    async with client.get(f"{worker.url}/metrics") as response:
-        families = list(text_string_to_metric_families(await response.text()))
-    samples = (sample for family in families for sample in family.samples)
+    samples = await metric_samples(client, worker.url)
     return sum(sample.value for sample in samples if sample.name == "prefillshare_handoff_seconds_sum")
 
 

@@ -20,6 +20,7 @@ from test.support.servers import (
     deploy,
     greedy,
     handoff_counts,
+    metric_samples,
     post,
     session,
     topology,
@@ -101,6 +102,36 @@ def _with_follow_up(oracle: Oracle, seed: int) -> tuple[list[int], list[int], tu
         if second.smallest_gap >= 3e-3:
             return prompt, follow_up, (answer, second.token_ids)
     raise AssertionError("no prompt whose follow-up has a clear answer")
+
+
+def test_the_router_shows_the_handoffs_of_all_workers_in_sum(deployment: Deployment) -> None:
+    async def run() -> None:
+        async with session() as client:
+            await ask(client, deployment, "planner", sample_prompt(90, seed=4500))
+            await ask(client, deployment, "coder", sample_prompt(90, seed=4501))
+            await until_idle(client, deployment.workers)
+            of_workers = [
+                await handoff_counts(client, worker) for worker in deployment.workers if worker.name != "base"
+            ]
+            samples = await metric_samples(client, deployment.router_url)
+        shown = {
+            name: sum(
+                s.value for s in samples if s.name == name and {**labels, "side": "decode"}.items() <= s.labels.items()
+            )
+            for name, labels in (
+                ("prefillshare_handoffs_total", {"outcome": "ok"}),
+                ("prefillshare_handoff_bytes_total", {"source": "moved", "outcome": "ok"}),
+            )
+        }
+        assert shown["prefillshare_handoffs_total"] == sum(
+            counts.by_outcome["ok"] for counts in of_workers if counts.by_outcome
+        )
+        assert shown["prefillshare_handoff_bytes_total"] == sum(counts.moved_bytes for counts in of_workers)
+        assert {s.labels["model"] for s in samples if s.name == "prefillshare_pages_leased"} >= {"planner", "coder"}
+        missing = [s.value for s in samples if s.name == "prefillshare_router_worker_metrics_missing"]
+        assert missing and not any(missing)
+
+    asyncio.run(run())
 
 
 @pytest.fixture(scope="module")

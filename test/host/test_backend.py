@@ -212,7 +212,7 @@ def test_nothing_is_written_into_pages_that_were_given_back(
         (lambda mark: pages(mark, count=5), "5 source pages for 4 target pages"),
         (lambda mark: pages(LeaseMark(1 << 20, 5)), "a lease names word 1048576"),
         (lambda mark: messages.Pages(ROOM, 1, 0, b"12345", 0, 1, 0, None), "in 5 bytes, wanted 4 for each"),
-        (lambda mark: messages.Pages(ROOM, 2, 0, b"", 0, 1, 0, None), "a pool that it never introduced"),
+        (lambda mark: messages.Pages(ROOM, 2, 0, b"", 0, 1, 0, None), "never introduced its pool"),
     ],
 )
 def test_an_offer_that_cannot_be_right_fails_the_request(

@@ -149,7 +149,8 @@ class Spec:
     env: Mapping[str, str] = field(default_factory=dict)
     lease_timeout_s: float = 30.0
     reuses_pages: bool = False
-    """Prefill writes over the pages of a handoff that failed at once, as the next request that gets them would."""
+    """Write over the pages of a handoff that failed at once, as the next request that gets them would: bytes that
+    depend on the room."""
     copy_pause_s: float = 0.0
     """Decode pauses in the middle of every copy, so that what must not happen meanwhile has time to."""
 
@@ -537,6 +538,7 @@ class _Side:
         self.outcome: Outcome | None = None
         self._end_point: Any = None  # SGLang's sender or receiver
         self._metadata_row: int | None = None
+        self._moving: PageList = handoff.source_pages[:0]
         self._started_ns: int | None = None
 
     def step(self) -> None:
@@ -586,6 +588,8 @@ class _Side:
     def _end(self, failure: str | None, ended_ns: int) -> None:
         if self._metadata_row is not None:
             self._worker.metadata_rows.free(self._metadata_row)
+        if failure is not None and self._worker.spec.reuses_pages and len(self._moving):
+            fill_pages(self._worker.buffers, self._moving, seed=self.room)
         self.is_busy = False
         self.outcome = Outcome(self.room, failure, self._started_ns, ended_ns)
 
@@ -596,7 +600,6 @@ class _Sending(_Side):
     def __init__(self, worker: _Worker, handoff: Handoff) -> None:
         super().__init__(worker, handoff)
         self._chunks: deque[PageList] = deque()
-        self._pages: PageList = handoff.source_pages[:0]
         sender = _backend_class(worker.spec.backend, "SENDER")
         address = f"{HOST}:{worker.spec.bootstrap_port}"
         self._end_point = sender(mgr=worker.manager, bootstrap_addr=address, bootstrap_room=handoff.room)
@@ -611,16 +614,11 @@ class _Sending(_Side):
             length = self._handoff.chunk_pages or max(1, len(pages))
             starts = range(0, max(1, len(pages)), length)  # without pages, one empty chunk brings the metadata
             self._chunks.extend(pages[start : start + length] for start in starts[: self._handoff.stop_after_chunks])
-            self._pages = pages
+            self._moving = pages
             self._started_ns = time.monotonic_ns()
         if self._chunks:
             self._end_point.send(self._chunks.popleft())
         self.is_busy = bool(self._chunks)
-
-    def _end(self, failure: str | None, ended_ns: int) -> None:
-        super()._end(failure, ended_ns)
-        if failure is not None and self._worker.spec.reuses_pages and len(self._pages):
-            fill_pages(self._worker.buffers, self._pages, seed=self.room)
 
 
 class _Receiving(_Side):
@@ -640,6 +638,7 @@ class _Receiving(_Side):
             prefix_tokens = self._handoff.prefix_tokens
             pages = self._handoff.target_pages[prefix_tokens // self._worker.spec.shape.page_size :]
             self._started_ns = time.monotonic_ns()
+            self._moving = pages
             self._end_point.send_metadata(pages, self._take_metadata_row(), decode_prefix_len=prefix_tokens)
 
     def _check_metadata(self) -> str | None:

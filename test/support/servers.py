@@ -173,9 +173,7 @@ class HandoffCounts:
 
 async def handoff_counts(client: aiohttp.ClientSession, worker: Worker) -> HandoffCounts:
     """Read a worker's `/metrics`; handoffs that ended well only, but for `by_outcome`."""
-    async with client.get(f"{worker.url}/metrics") as response:
-        families = list(text_string_to_metric_families(await response.text()))
-    samples = [sample for family in families for sample in family.samples]
+    samples = await metric_samples(client, worker.url)
 
     def total(name: str, **labels: str) -> int:
         found = (s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
@@ -183,9 +181,16 @@ async def handoff_counts(client: aiohttp.ClientSession, worker: Worker) -> Hando
 
     outcomes = {s.labels["outcome"] for s in samples if s.name == "prefillshare_handoffs_total"}
     return HandoffCounts(
-        by_outcome={name: total("prefillshare_handoffs_total", outcome=name) for name in outcomes},
+        by_outcome={name: n for name in outcomes if (n := total("prefillshare_handoffs_total", outcome=name))},
         held_tokens=total("prefillshare_handoff_tokens_total", source="held", outcome="ok"),
         moved_tokens=total("prefillshare_handoff_tokens_total", source="moved", outcome="ok"),
         moved_bytes=total("prefillshare_handoff_bytes_total", source="moved", outcome="ok"),
         pages_leased=total("prefillshare_pages_leased"),
     )
+
+
+async def metric_samples(client: aiohttp.ClientSession, url: str) -> list[Any]:
+    """What a worker or the router shows at `/metrics`."""
+    async with client.get(f"{url}/metrics") as response:
+        families = list(text_string_to_metric_families(await response.text()))
+    return [sample for family in families for sample in family.samples]

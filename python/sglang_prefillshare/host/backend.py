@@ -35,6 +35,7 @@ from sglang_prefillshare.host import wakeup
 
 logger = logging.getLogger(__name__)
 
+NO_REASON = "SGLang gave the handoff up and did not say why"
 STATUS_TAG = b"STATUS"
 ABORT_TAG = b"ABORT"
 
@@ -97,6 +98,21 @@ class PrefillShareKVManager(CommonKVManager):
     def update_status(self, bootstrap_room: int, status: KVPoll) -> None:
         super().update_status(bootstrap_room, status)
         wakeup.wake()
+
+    def fail_room(self, room: int, reason: str) -> None:
+        """Fail a room of SGLang's that has not ended; of any other, say nothing: nobody would ever ask."""
+        if self.request_status.get(room) in (None, KVPoll.Failed, KVPoll.Success):
+            return
+        self.record_failure(room, reason)
+        self.update_status(room, KVPoll.Failed)
+        if room not in self.request_status:  # the scheduler has closed it in the meantime
+            with self.failure_lock:
+                self.failure_records.pop(room, None)
+
+    def explain(self, room: int) -> None:
+        """See to it that a failed room has a reason: SGLang would name another rank, which there is none of."""
+        with self.failure_lock:
+            self.failure_records.setdefault(room, NO_REASON)
 
     def send(self, host: str, port: int, message: messages.Message) -> None:
         address = NetworkAddress(host, port)

@@ -60,6 +60,7 @@ class DecodeKVManager(PrefillShareKVManager):
     """Copies in its control thread, outside the interpreter lock, while the scheduler decodes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        handoff_metrics.prepare("decode")
         self.session = uuid.uuid4().hex
         self.claims: ClaimBook[_Target] = ClaimBook()
         self.forward_stream: Any = None
@@ -134,8 +135,7 @@ class DecodeKVManager(PrefillShareKVManager):
             self.prefill_info_table.pop(bootstrap_addr, None)
             rooms = list(self.addr_to_rooms_tracker.get(bootstrap_addr, ()))
         for room in rooms:
-            if self.request_status.get(room) not in (None, KVPoll.Success):
-                self._fail(room, reason)
+            self.fail_room(room, reason)
 
     def _pull(self, message: messages.Pages) -> None:
         room, is_last = message.room, message.metadata is not None
@@ -145,7 +145,7 @@ class DecodeKVManager(PrefillShareKVManager):
             pages = np.frombuffer(message.pages, dtype="<i4")
             pool = self._pools.get(message.pid)
             if pool is None:
-                raise HandoffError(f"process {message.pid} offers pages of a pool that it never introduced.")
+                raise HandoffError(f"prefill process {message.pid} is gone, or never introduced its pool.")
             with self.claims.writing(room) as target:
                 if target is None:
                     return  # given up meanwhile; prefill has been told
@@ -167,7 +167,7 @@ class DecodeKVManager(PrefillShareKVManager):
             if not pool.leases.holds(LeaseMark(message.lease_slot, message.lease_number)):
                 raise HandoffError("prefill gave the request up while its pages were being copied")
         except HandoffError as error:
-            self._fail(room, str(error))
+            self.fail_room(room, str(error))
             return
         self.update_status(room, KVPoll.Success)
         self.send(*prefill, messages.Pulled(room=room, session=self.session))
@@ -195,10 +195,6 @@ class DecodeKVManager(PrefillShareKVManager):
             pool.view.owner.close()
         for bootstrap_addr in names:
             self._handle_node_failure(bootstrap_addr)
-
-    def _fail(self, room: int, reason: str) -> None:
-        self.record_failure(room, reason)
-        self.update_status(room, KVPoll.Failed)
 
     # ---- calls of the scheduler, through the receiver --------------------------------------------------------------
 
@@ -287,6 +283,7 @@ class PrefillShareKVReceiver(CommonKVReceiver):
         super().abort()
 
     def failure_exception(self) -> None:
+        self.kv_mgr.explain(self.bootstrap_room)
         self.ensure_abort_notified()  # prefill may not know: then it would keep its pages until the lease is overdue
         super().failure_exception()
 

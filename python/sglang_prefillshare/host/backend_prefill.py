@@ -55,6 +55,7 @@ class PrefillKVManager(PrefillShareKVManager):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Registering with the bootstrap server, in the base class, lets peers in: be ready for them before.
+        handoff_metrics.prepare("prefill")
         self._lease_table = LeaseTable.create()
         self.leases = LeaseBook(self._lease_table, timeout_s=lease_timeout_s())
         self._peers: dict[str, _DecodePeer] = {}
@@ -152,7 +153,7 @@ class PrefillKVManager(PrefillShareKVManager):
         if notification is None:
             return
         if self.leases.abandon(notification.room, GIVEN_UP_BY_DECODE):
-            self._fail(notification.room, GIVEN_UP_BY_DECODE)
+            self._fail_open_room(notification.room, GIVEN_UP_BY_DECODE)
         else:
             self._forget(notification.room)  # wanted by decode, never sent to this prefill worker
 
@@ -161,17 +162,15 @@ class PrefillKVManager(PrefillShareKVManager):
             self._peers.pop(session, None)
             open_rooms, orphans = self.leases.leave(session)
             for room in open_rooms:
-                self._fail(room, "the decode worker died")
+                self._fail_open_room(room, "the decode worker died")
             for room in orphans:
                 self._forget(room)
 
-    def _fail(self, room: int, reason: str) -> None:
-        status = self.request_status.get(room)
-        if status is None:
+    def _fail_open_room(self, room: int, reason: str) -> None:
+        if room in self.request_status:
+            self.fail_room(room, reason)
+        else:
             self.leases.fail(room, reason)  # its sender is only just being made, and will ask
-        elif status not in (KVPoll.Failed, KVPoll.Success):
-            self.record_failure(room, reason)
-            self.update_status(room, KVPoll.Failed)
 
     def _forget(self, room: int) -> None:
         self.transfer_infos.pop(room, None)
@@ -277,6 +276,10 @@ class PrefillShareKVSender(CommonKVSender):
             self.kv_mgr.conclude_failure(bootstrap_room=self.bootstrap_room, failure_reason=reason)
             return super().poll()
         return status
+
+    def failure_exception(self) -> None:
+        self.kv_mgr.explain(self.bootstrap_room)
+        super().failure_exception()
 
     def abort(self) -> None:
         self.kv_mgr.conclude_failure(bootstrap_room=self.bootstrap_room, failure_reason=GIVEN_UP_BY_PREFILL)

@@ -27,6 +27,7 @@ def awaits_first_token(req: Any) -> bool:
 
 def init_disaggregation(original: Callable[..., None], self: Any) -> None:
     attach_role(self)
+    handoff_metrics.prepare("decode")
     original(self)
     refuse_unsupported_pool(self)
     manager = self.disagg_decode_prealloc_queue.kv_manager

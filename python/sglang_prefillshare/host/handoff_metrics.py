@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
+OUTCOMES: Final = ("ok", "failed", "aborted", "refused")
+SOURCES: Final = ("moved", "held")
 _SECONDS: Final = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25, 0.5, 1, 5, 30)
 
 
@@ -55,6 +57,18 @@ def _metrics() -> _Metrics:
     )
 
 
+def prepare(side: str) -> None:
+    """Have all series of this side there from the start, at zero; before threads count."""
+    metrics = _metrics()
+    for outcome in OUTCOMES:
+        metrics.handoffs.labels(side, outcome)
+        metrics.seconds.labels(side, outcome)
+        for source in SOURCES:
+            metrics.tokens.labels(side, source, outcome)
+            metrics.bytes.labels(side, source, outcome)
+    set_pages(side, 0)
+
+
 def observe(
     side: str,
     outcome: str,
@@ -68,7 +82,7 @@ def observe(
     """Count one handoff that ended."""
     metrics = _metrics()
     metrics.handoffs.labels(side, outcome).inc()
-    for source, tokens, size in (("moved", moved_tokens, moved_bytes), ("held", held_tokens, held_bytes)):
+    for source, tokens, size in zip(SOURCES, (moved_tokens, held_tokens), (moved_bytes, held_bytes), strict=True):
         metrics.tokens.labels(side, source, outcome).inc(tokens)
         metrics.bytes.labels(side, source, outcome).inc(size)
     if seconds is not None:
