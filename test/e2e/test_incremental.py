@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,6 +175,22 @@ def test_under_pressure_decode_evicts_and_every_answer_stays_right(small_pool: t
     assert counts.held_tokens + counts.moved_tokens == needed
     assert counts.moved_tokens > needed * 0.6, "the pool cannot have held all prompts"
     assert counts.pages_leased == 0
+
+
+def test_a_request_that_the_pool_can_never_hold_is_refused_at_once(small_pool: tuple[Deployment, Oracle]) -> None:
+    """SGLang would let it wait for room that an empty pool does not have."""
+    deployment, _ = small_pool
+
+    async def run() -> None:
+        async with session() as client:
+            body = greedy(sample_prompt(1770, seed=7), 8, model="coder")
+            started = time.monotonic()
+            refused = await post(client, f"{deployment.router_url}/generate", body)
+            assert refused.status == 400 and "needs room for 1808 tokens of KV" in str(refused.body), refused
+            assert time.monotonic() - started < 5.0
+            await until_idle(client, deployment.workers)
+
+    asyncio.run(run())
 
 
 def test_retracted_requests_leave_the_cache_clean(small_pool: tuple[Deployment, Oracle]) -> None:

@@ -47,6 +47,36 @@ def pre_alloc_fill_len(original: Callable[..., int], req: Any) -> int:
     return len(req.origin_input_ids) - 1 if awaits_first_token(req) else original(req)
 
 
+def exceeds_kv_capacity(original: Callable[..., bool], self: Any, req: Any) -> bool:
+    """Refuse a request that an empty pool has no room for: SGLang would let it wait for ever.
+
+    It admits a request only if its prompt and the tokens it may generate (up to an estimate that it clips), or those
+    that it reserves for every request, fit.
+    """
+    if original(self, req):
+        return True
+    if is_fake_transfer(req):
+        return False
+    from sglang.srt.disaggregation.decode import CLIP_MAX_NEW_TOKEN
+    from sglang.srt.disaggregation.utils import prepare_abort
+
+    prompt_tokens = len(req.origin_input_ids) - 1
+    page_size = self.token_to_kv_pool_allocator.page_size
+    in_pages = -(-prompt_tokens // page_size) * page_size
+    expected = prompt_tokens + min(req.sampling_params.max_new_tokens, CLIP_MAX_NEW_TOKEN)
+    needed = max(in_pages + self.num_reserved_decode_tokens, expected)
+    if needed <= self.max_total_num_tokens:
+        return False
+    message = (
+        f"the request needs room for {needed} tokens of KV, the pool of this decode worker has "
+        f"{self.max_total_num_tokens}. Send a shorter prompt, or start the worker with a larger --max-total-tokens or a "
+        "smaller --num-reserved-decode-tokens."
+    )
+    prepare_abort(req, message, status_code=HTTPStatus.BAD_REQUEST)
+    self.scheduler.output_streamer.stream_output([req], req.return_logprob)
+    return True
+
+
 def match_prefix_and_lock(original: Callable[..., Any], self: Any, req: Any) -> Any:
     """Look for x1..x(n-1) only in the cache of base KV: xn is the module's own input, whatever another prompt held."""
     with _swapped([req], "origin_input_ids", lambda req: req.origin_input_ids[:-1]):

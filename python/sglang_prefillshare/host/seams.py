@@ -175,6 +175,10 @@ DECODE: Final = (
         ("req",), "ask prefill for n-1 tokens of KV", _FIRST_TOKEN,
     ),
     Seam(
+        f"{_DECODE}.DecodePreallocQueue._check_if_req_exceed_kv_capacity", "decode_role:exceeds_kv_capacity", "around",
+        ("self", "req"), "what never fits is refused instead of waiting for ever", "SGLang refuses it",
+    ),
+    Seam(
         f"{_DECODE}.DecodePreallocQueue._match_prefix_and_lock", "decode_role:match_prefix_and_lock", "around",
         ("self", "req"), "decode's cache holds the KV of x1..x(n-1); xn is computed", _FIRST_TOKEN,
     ),
