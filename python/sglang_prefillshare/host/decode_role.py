@@ -69,8 +69,8 @@ def exceeds_kv_capacity(original: Callable[..., bool], self: Any, req: Any) -> b
         return False
     message = (
         f"the request needs room for {needed} tokens of KV, the pool of this decode worker has "
-        f"{self.max_total_num_tokens}. Send a shorter prompt, or start the worker with a larger --max-total-tokens or a "
-        "smaller --num-reserved-decode-tokens."
+        f"{self.max_total_num_tokens}. Send a shorter prompt, or start the worker with a larger --max-total-tokens or "
+        "a smaller --num-reserved-decode-tokens."
     )
     prepare_abort(req, message, status_code=HTTPStatus.BAD_REQUEST)
     self.scheduler.output_streamer.stream_output([req], req.return_logprob)
