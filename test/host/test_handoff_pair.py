@@ -8,25 +8,29 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("sglang", reason="waits for SGLang: run `make setup`")
 
 from test.support.handoff_pair import Handoff, HandoffPair, PageList, PoolShape, handoff_pair, new_room
 
 SHAPE = PoolShape(layers=4, kv_heads=2, head_dim=16, page_count=257)
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a CUDA device")]
 PAIRS = [
-    pytest.param(("prefillshare", 1), id="prefillshare-1"),
-    pytest.param(("prefillshare", 16), id="prefillshare-16"),
-    pytest.param(("nixl", 16), id="nixl-16", marks=pytest.mark.nixl),
+    pytest.param(("prefillshare", 1, "cpu"), id="prefillshare-1"),
+    pytest.param(("prefillshare", 16, "cpu"), id="prefillshare-16"),
+    pytest.param(("nixl", 16, "cpu"), id="nixl-16", marks=pytest.mark.nixl),
+    pytest.param(("prefillshare", 1, "cuda"), id="prefillshare-1-cuda", marks=on_gpu),
+    pytest.param(("prefillshare", 64, "cuda"), id="prefillshare-64-cuda", marks=on_gpu),
 ]
 
 
 @pytest.fixture(scope="module", params=PAIRS)
 def pair(request: pytest.FixtureRequest) -> Iterator[HandoffPair]:
-    backend, page_size = request.param
+    backend, page_size, device = request.param
     if backend == "nixl" and importlib.util.find_spec("nixl") is None:
         pytest.skip("waits for a machine with the packages nixl and nixl-cu13")
-    with handoff_pair(backend, dataclasses.replace(SHAPE, page_size=page_size)) as started:
+    with handoff_pair(backend, dataclasses.replace(SHAPE, page_size=page_size, device=device)) as started:
         yield started
 
 

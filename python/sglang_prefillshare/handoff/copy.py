@@ -102,7 +102,15 @@ _prefetch_to_read = _prefetch_intrinsic(is_write=False)
 _prefetch_to_write = _prefetch_intrinsic(is_write=True)
 
 
-@numba.njit(nogil=True, cache=True)
+def _compiled(function: Any) -> Any:
+    """Compiled at the first call and kept on disk for the next process, where there is a place that can be written."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return numba.njit(nogil=True)(function)
+
+
+@_compiled
 def _copy_runs(sources: Any, targets: Any, page_bytes: Any, runs: Any) -> None:
     count = runs.shape[0]
     for buffer in range(sources.shape[0]):

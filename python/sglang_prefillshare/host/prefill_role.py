@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_prefillshare.handoff.receipt import FIRST_SLOT, ROOM_MASK
+from sglang_prefillshare.host import handoff_metrics
 from sglang_prefillshare.host.provenance import Provenance
 from sglang_prefillshare.host.requests import MIN_PROMPT_TOKENS, is_fake_transfer
 from sglang_prefillshare.host.role import attach_role, refuse_unsupported_pool, role_of
@@ -20,6 +21,7 @@ REPORT_KEY = "prefill_share"
 def init_disaggregation(original: Callable[..., None], self: Any) -> None:
     """Give the scheduler its role before the queues (whose handshake needs it) are built, then check the pool."""
     attach_role(self)
+    handoff_metrics.prepare("prefill")
     self.tree_cache._prefill_share_provenance = Provenance(self.token_to_kv_pool_allocator.get_kvcache())
     original(self)
     self.disagg_metadata_buffers._prefill_share_scheduler = self
