@@ -166,6 +166,36 @@ def _log_to_stderr(level: str) -> None:
 
 
 @cli.command()
+@click.argument("recipe", type=_FILE)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+def train(recipe: Path, overrides: tuple[str, ...]) -> None:
+    """Fine-tune a decode module as RECIPE (YAML) says: it learns to generate from the base's KV.
+
+    KEY=VALUE overrides a key of the recipe, such as training.learning_rate=2e-5. Several GPUs: `accelerate launch -m
+    sglang_prefillshare.cli train RECIPE`. docs/training.md describes every key.
+    """
+    from sglang_prefillshare.training.run import train as run_training
+
+    summary = run_training(recipe, overrides)
+    if summary.is_main:
+        click.echo(summary.describe())
+
+
+@cli.command()
+@click.argument("adapter", type=_FOLDER)
+@click.argument("out", type=_FOLDER)
+@click.option("--base", help="Where the adapter's base lies now: a folder, or a hub id. [default: as the adapter says]")
+@click.option("--tokenizer-path", help="As the workers of base and module are given it.")
+@click.option("--chat-template", help="As the workers of base and module are given it.")
+def merge(adapter: Path, out: Path, base: str | None, tokenizer_path: str | None, chat_template: str | None) -> None:
+    """Add the LoRA adapter in ADAPTER to its base, as a whole checkpoint in OUT that a decode worker takes."""
+    from sglang_prefillshare.training.merge import merge as merge_adapter
+
+    path = merge_adapter(adapter, out, base=base, tokenizer_path=tokenizer_path, chat_template=chat_template)
+    click.echo(f"{path}: merged into a whole checkpoint")
+
+
+@cli.command()
 def doctor() -> int | None:
     """Check this machine and the installed SGLang, and say what is missing."""
     from sglang_prefillshare.host import doctor as host_doctor
