@@ -194,6 +194,19 @@ def test_a_copy_during_which_prefill_let_go_is_not_used(decode: tuple[Any, list[
     assert sent == []
 
 
+def test_a_copy_that_breaks_down_fails_its_request(decode: tuple[Any, list[messages.Message], LeaseTable]) -> None:
+    manager, sent, table = decode
+
+    def broken(*_args: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    manager._copy = broken
+    manager.handle(pages(table.grant()))
+    assert manager.request_status[ROOM] == KVPoll.Failed
+    assert manager.failure_records[ROOM] == "the copy failed: an illegal memory access was encountered"
+    assert sent == []
+
+
 def test_nothing_is_written_into_pages_that_were_given_back(
     decode: tuple[Any, list[messages.Message], LeaseTable],
 ) -> None:

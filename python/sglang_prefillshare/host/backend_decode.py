@@ -92,7 +92,7 @@ class DecodeKVManager(PrefillShareKVManager):
         elif isinstance(message, messages.Pool):
             try:
                 self._attach(message)
-            except (HandoffError, ValueError) as error:  # ValueError: offsets or counts that do not fit the region
+            except Exception as error:  # whatever it is, requests wait for this pool
                 self._refuse(message.bootstrap_addr, str(error))
         elif isinstance(message, messages.Refused):
             self._refuse(message.bootstrap_addr, message.reason)
@@ -103,6 +103,8 @@ class DecodeKVManager(PrefillShareKVManager):
         self.geometry.check_same(message.geometry, mine="this decode worker", theirs="the prefill worker")
         self.watch(message.pid, message.started, message.bootstrap_addr)
         leases = RegionHandle(message.pid, message.started, message.lease_fd, message.lease_bytes)
+        if message.pid in self._pools:
+            return  # it introduced itself before; a process has one pool for its lifetime
         if isinstance(message.memory, messages.HostMemory) == self.on_cuda:
             raise HandoffError("prefill and decode keep their KV on different kinds of device. Start both on the same.")
         mapped = self._map_cuda if self.on_cuda else self._map_host
@@ -168,6 +170,10 @@ class DecodeKVManager(PrefillShareKVManager):
                 raise HandoffError("prefill gave the request up while its pages were being copied")
         except HandoffError as error:
             self.fail_room(room, str(error))
+            return
+        except Exception as error:  # of the GPU, say: the request must not wait for what will not come
+            logger.exception("Copying the KV of room %s failed", room)
+            self.fail_room(room, f"the copy failed: {error}")
             return
         self.update_status(room, KVPoll.Success)
         self.send(*prefill, messages.Pulled(room=room, session=self.session))
