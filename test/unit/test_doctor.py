@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from sglang_prefillshare.errors import HandoffError
 from sglang_prefillshare.host import doctor
 
 
@@ -31,3 +32,22 @@ def test_a_foreign_platform_setting_is_a_problem(
     monkeypatch.setattr(doctor, "_seams", lambda _console: [])
     assert doctor.main() == 1
     assert "SGLANG_PLATFORM=someone_elses" in capsys.readouterr().out
+
+
+def test_a_gpu_pool_that_cannot_be_exported_is_told_of_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    class Pinned:
+        def data_ptr(self) -> int:
+            return 4096
+
+    def cannot(_addresses: object) -> None:
+        raise HandoffError("cannot export its KV pool over CUDA IPC: cuIpcGetMemHandle returned NOT_SUPPORTED.")
+
+    assert doctor._handoff() == "shared memory" or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda *_size, **_where: Pinned())
+    monkeypatch.setattr(doctor, "CudaAllocations", cannot)
+    assert doctor._handoff().startswith("nixl only: cannot export its KV pool")
+    monkeypatch.setattr(doctor, "CudaAllocations", lambda _addresses: None)
+    assert doctor._handoff() == "CUDA IPC"

@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 import sglang_prefillshare
-from sglang_prefillshare.errors import SeamError
+from sglang_prefillshare.errors import PrefillShareError, SeamError
+from sglang_prefillshare.handoff.cuda_memory import CudaAllocations
 from sglang_prefillshare.host import seams
 
 _ENTRY_POINTS = (("sglang.srt.plugins", "prefillshare"), ("sglang.srt.platforms", "prefillshare_cpu"))
-_PACKAGES = ("torch", "triton", "transformers", "sglang-kernel", "nixl")
+_PACKAGES = ("torch", "triton", "transformers", "sglang-kernel", "numba", "cuda-python", "nixl")
 
 
 def main() -> int:
@@ -39,6 +40,7 @@ def _versions(console: Console) -> Iterator[str]:
         table.add_row(package, _installed(package))
     table.add_row("python", platform.python_version())
     table.add_row("device", _device())
+    table.add_row("handoff on one host", _handoff())
     console.print(table)
     if found != seams.SGLANG_VERSION:
         yield (
@@ -63,6 +65,21 @@ def _device() -> str:
         return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}, CUDA {torch.version.cuda}"
     cores = len(os.sched_getaffinity(0))
     return f"CPU, {cores} cores ({platform.machine()})"
+
+
+def _handoff() -> str:
+    """Whether KV pools of this machine can be read by another process, which our own transfer backend needs."""
+    try:
+        import torch
+    except ImportError:
+        return "unknown: torch is not installed"
+    if not torch.cuda.is_available():
+        return "shared memory"
+    try:
+        CudaAllocations([torch.zeros(1 << 20, dtype=torch.uint8, device="cuda").data_ptr()])
+    except PrefillShareError as error:
+        return f"nixl only: {error}"
+    return "CUDA IPC"
 
 
 def _entry_points(console: Console) -> Iterator[str]:
