@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
 from rich.table import Table
 
 from examples.demo.oracle import common_prefix
@@ -48,6 +49,26 @@ class CallFigures:
             "ttft_ms": round(self.ttft_ms, 1),
             "e2e_ms": round(self.e2e_ms, 1),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffFigures:
+    """Bytes of the base's KV that decode workers needed: fetched from prefill, or held since an earlier call."""
+
+    moved_bytes: int = 0
+    held_bytes: int = 0
+
+
+def handoff_figures(metrics: str) -> HandoffFigures:
+    """From the router's /metrics page, which sums its workers' handoffs up."""
+    samples = [sample for family in text_string_to_metric_families(metrics) for sample in family.samples]
+
+    def total(source: str) -> int:
+        labels = {"side": "decode", "source": source, "outcome": "ok"}
+        name = "prefillshare_handoff_bytes_total"
+        return int(sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items()))
+
+    return HandoffFigures(moved_bytes=total("moved"), held_bytes=total("held"))
 
 
 def figures(call: Call, record: Mapping[str, Any]) -> CallFigures:

@@ -37,7 +37,15 @@ from examples.demo.material import CHAT_PROBLEM, FRONTEND_PROBLEM, library_docum
 from examples.demo.models import BASE_NAME, prepare_models
 from examples.demo.oracle import NOISE
 from examples.demo.program import AGENTS, Call, OnText, Script, Step, play
-from examples.demo.report import CallFigures, computed_without_sharing, figures, sessions, table
+from examples.demo.report import (
+    CallFigures,
+    HandoffFigures,
+    computed_without_sharing,
+    figures,
+    handoff_figures,
+    sessions,
+    table,
+)
 from sglang_prefillshare.config import ArgValue, DecodeModule, Topology, WorkerSettings
 from sglang_prefillshare.deployment import (
     Deployment,
@@ -145,6 +153,7 @@ class Outcome:
 
     calls: list[Call] = field(default_factory=list)
     figures: list[CallFigures] = field(default_factory=list)
+    handoffs: HandoffFigures = field(default_factory=HandoffFigures)
     verdicts: list[dict[str, Any]] = field(default_factory=list)
 
     def report(self, settings: Settings) -> dict[str, Any]:
@@ -154,6 +163,8 @@ class Outcome:
             "computed_prompt_tokens": sum(session.computed_prompt_tokens for session in by_session),
             "final_context_tokens": sum(session.final_context_tokens for session in by_session),
             "computed_without_sharing": computed_without_sharing(self.calls),
+            "handoff_moved_bytes": self.handoffs.moved_bytes,
+            "handoff_held_bytes": self.handoffs.held_bytes,
             "oracle_checked": len(self.verdicts),
             "oracle_equal": sum(verdict["is_equal"] for verdict in self.verdicts),
             "oracle": self.verdicts,
@@ -199,6 +210,7 @@ def run(settings: Settings, interrupts: Interrupts, console: Console) -> int:
                     raise
                 finally:
                     console.print()
+                outcome.handoffs = handoffs(deployment.router_url)
                 outcome.figures = [figures(call, record(deployment.router_url, call.rid)) for call in outcome.calls]
                 _show_figures(outcome, settings, console)
             if settings.keep_serving:
@@ -221,6 +233,12 @@ def topology(models: Mapping[str, Path], *, dtype: str) -> Topology:
             DecodeModule(agent.model, WorkerSettings(str(models[agent.model]), args=args)) for agent in AGENTS
         ),
     )
+
+
+def handoffs(router_url: str) -> HandoffFigures:
+    """What the decode workers' handoffs moved so far, and what they held already, as the router sums it up."""
+    with urllib.request.urlopen(f"{router_url}/metrics", timeout=30) as response:
+        return handoff_figures(response.read().decode())
 
 
 def record(router_url: str, rid: str) -> Mapping[str, Any]:
@@ -300,6 +318,8 @@ def _show_figures(outcome: Outcome, settings: Settings, console: Console) -> Non
             f"  {session.client}: {session.computed_prompt_tokens:,} prefilled, for a context of "
             f"{session.final_context_tokens:,} tokens at the last call"
         )
+    moved, held = (size / 1e6 for size in (outcome.handoffs.moved_bytes, outcome.handoffs.held_bytes))
+    console.print(f"Of the KV that they read, the decode workers fetched {moved:,.0f} MB and held {held:,.0f} MB already.")
     console.print()
 
 

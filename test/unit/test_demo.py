@@ -11,7 +11,14 @@ import pytest
 from examples.demo.material import CHAT_PROBLEM, FRONTEND_PROBLEM, library_document, load_problem
 from examples.demo.oracle import common_prefix
 from examples.demo.program import Call, Script
-from examples.demo.report import SessionFigures, computed_without_sharing, figures, sessions
+from examples.demo.report import (
+    HandoffFigures,
+    SessionFigures,
+    computed_without_sharing,
+    figures,
+    handoff_figures,
+    sessions,
+)
 from sglang_prefillshare.errors import ConfigError, PrefillShareError
 
 
@@ -82,3 +89,16 @@ def test_problems_come_from_the_installed_package() -> None:
     assert load_problem(CHAT_PROBLEM).prompt.startswith("def next_smallest(")
     with pytest.raises(ConfigError, match="HumanEval/999"):
         load_problem("HumanEval/999")
+
+
+def test_handoffs_are_summed_over_decode_modules_and_by_where_the_kv_was() -> None:
+    name = "prefillshare_handoff_bytes_total"
+    lines = [
+        f"# TYPE {name} counter",
+        f'{name}{{side="decode",source="moved",outcome="ok",model="planner"}} 100',
+        f'{name}{{side="decode",source="moved",outcome="ok",model="coder"}} 50',
+        f'{name}{{side="decode",source="held",outcome="ok",model="coder"}} 7',
+        f'{name}{{side="decode",source="moved",outcome="failed",model="coder"}} 1000',
+        f'{name}{{side="prefill",source="moved",outcome="ok",model="base"}} 150',
+    ]
+    assert handoff_figures("\n".join(lines) + "\n") == HandoffFigures(moved_bytes=150, held_bytes=7)
