@@ -319,7 +319,9 @@ def _show_figures(outcome: Outcome, settings: Settings, console: Console) -> Non
             f"{session.final_context_tokens:,} tokens at the last call"
         )
     moved, held = (size / 1e6 for size in (outcome.handoffs.moved_bytes, outcome.handoffs.held_bytes))
-    console.print(f"Of the KV that they read, the decode workers fetched {moved:,.0f} MB and held {held:,.0f} MB already.")
+    console.print(
+        f"Of the KV that they read, the decode workers fetched {moved:,.0f} MB and held {held:,.0f} MB already."
+    )
     console.print()
 
 

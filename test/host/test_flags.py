@@ -86,6 +86,11 @@ REFUSED = {
     "quantized base": ("prefill base --quantization fp8", "another KV"),
     "random weights": ("prefill base --load-format dummy", "random weights"),
     "memory saver": ("prefill base --enable-memory-saver", "cannot share with another process"),
+    "lease timeout of nothing": ("prefill base --prefill-share-lease-timeout 0", "seconds above 0"),
+    "lease timeout on decode": (
+        "decode coder --prefill-share-base base --prefill-share-lease-timeout 9", "who keeps pages",
+    ),
+    "lease timeout without role": ("- base --prefill-share-lease-timeout 9", "need --prefill-share-role"),
     "fake transfers": ("prefill base --disaggregation-transfer-backend fake", "moves no KV"),
 }  # fmt: skip
 

@@ -95,9 +95,12 @@ def from_cli_args(original: Callable[..., Any], cls: type, args: argparse.Namesp
                 "--disaggregation-transfer-backend prefillshare needs --prefill-share-role prefill or decode: it hands "
                 "over a base's KV. Add the role, or choose nixl."
             )
-        elif getattr(args, "prefill_share_base", None) or getattr(args, "prefill_share_allow_untrained", False):
+        elif "prefill_share_lease_timeout" in getattr(args, _EXPLICIT, ()) or (
+            getattr(args, "prefill_share_base", None) or getattr(args, "prefill_share_allow_untrained", False)
+        ):
             raise ConfigError(
-                "--prefill-share-base and --prefill-share-allow-untrained need --prefill-share-role prefill or decode."
+                "--prefill-share-base, --prefill-share-allow-untrained and --prefill-share-lease-timeout need "
+                "--prefill-share-role prefill or decode."
             )
     except PrefillShareError as error:
         print(f"launch_server: error: {error}", file=sys.stderr)
@@ -132,6 +135,10 @@ def configure(role: Role, args: argparse.Namespace) -> RoleSettings:
     if "disaggregation_transfer_backend" not in explicit:
         args.disaggregation_transfer_backend = _default_backend(args.host)
     _refuse_backend(args)
+    if not args.prefill_share_lease_timeout > 0:
+        raise ConfigError(
+            f"--prefill-share-lease-timeout is {args.prefill_share_lease_timeout:g}, wanted seconds above 0."
+        )
     _set_environment(args)
     return _identify(role, args)
 
@@ -196,6 +203,7 @@ _CONTRADICTIONS: Final[dict[Role | None, dict[str, tuple[Any, str]]]] = {
         "prefill_share_allow_untrained": (False, "prefill serves the base, which needs no training"),
     },
     Role.DECODE: {
+        "prefill_share_lease_timeout": (DEFAULT_LEASE_TIMEOUT_S, "prefill is who keeps pages for decode"),
         "disaggregation_decode_enable_offload_kvcache": (
             False,
             "it would store generated KV as if the base had made it",
