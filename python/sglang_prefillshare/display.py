@@ -21,6 +21,9 @@ _STATE_COLOURS: Final = {State.STARTING: "yellow", State.READY: "green", State.S
 _ERROR: Final = re.compile(
     r"\b(ERROR|CRITICAL|FATAL)\b|^Traceback |^[\w.]*(Error|Exception)\b|panicked at|Segmentation fault"
 )
+_END_NOISE: Final = re.compile(r"nanobind|^ - leaked |^ - \.\.\. skipped")
+"""What Triton's bindings say at the end of every process that imported it, dozens of lines of no use."""
+
 _REMINDER_S: Final = 15.0
 
 
@@ -64,6 +67,8 @@ class Display:
             self._tell(worker, "ended")
 
     def on_line(self, worker: Worker, line: str) -> None:
+        if worker.state is State.STOPPING and _END_NOISE.search(line):
+            return
         # A server that is interrupted says so in a traceback, which is no error to tell.
         is_error = worker.state is not State.STOPPING and _ERROR.search(line)
         if line and (is_error or not self._errors_only):

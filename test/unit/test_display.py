@@ -32,3 +32,9 @@ def test_the_traceback_of_a_worker_that_is_told_to_stop_is_no_error() -> None:
     line = "Traceback (most recent call last):"
     assert shown(line, state=State.STOPPING, errors_only=True) == ""
     assert shown(line, state=State.STOPPING, errors_only=False) == f"[coder] {line}\n"
+
+
+def test_what_tritons_bindings_say_at_the_end_is_not_shown() -> None:
+    for line in ("nanobind: leaked 518 functions!", ' - leaked type "x"', " - ... skipped remainder"):
+        assert shown(line, state=State.STOPPING, errors_only=False) == ""
+        assert shown(line, state=State.READY, errors_only=False) == f"[coder] {line}\n"
