@@ -165,6 +165,38 @@ def _log_to_stderr(level: str) -> None:
         logging.getLogger(name).setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
 
 
+@cli.group("eval")
+def evaluate() -> None:
+    """How right decode modules are."""
+
+
+@evaluate.command("sharing-curve")
+@click.argument("tasks", type=_FILE)
+@click.argument("modules", nargs=-1, required=True, metavar="[NAME=]MODULE...")
+@click.option("--base", help="The base: a folder, or a hub id. [default: as the modules say]")
+@click.option(
+    "--share", "shares", type=float, multiple=True, help="Of the prompt's KV, from the base. [default: 0 to 1]"
+)
+@click.option("--out", type=_FOLDER, default=Path("out/eval"), show_default=True)
+@click.option("--batch-size", type=int, default=16, show_default=True)
+@click.option("--limit", type=int, help="Only the first so many questions.")
+@click.option("--device", help="[default: the accelerator, else cpu]")
+@click.option("--dtype", help="[default: float32 on a CPU, else bfloat16]")
+@click.option("--tokenizer-path", help="As the workers of base and module are given it.")
+@click.option("--chat-template", help="As the workers of base and module are given it.")
+def sharing_curve(tasks: Path, modules: tuple[str, ...], shares: tuple[float, ...], out: Path, **options: Any) -> None:
+    """Accuracy against the share of prompt KV that the base computed (the paper's Figure 2).
+
+    TASKS is a JSONL file of {"prompt", "answer"}, for exact match, or {"prompt", "choices", "answer"}, for the
+    likeliest choice. MODULES are folders or hub ids of decode modules or adapters. docs/training.md has the details.
+    """
+    from sglang_prefillshare.training.sharing_curve import SHARES, CurveConfig, named_modules
+    from sglang_prefillshare.training.sharing_curve import sharing_curve as run_curve
+
+    config = CurveConfig(modules=named_modules(modules), tasks=str(tasks), shares=shares or SHARES, **options)
+    run_curve(config, out)
+
+
 @cli.command()
 @click.argument("recipe", type=_FILE)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
