@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import numpy as np
@@ -215,8 +216,20 @@ class WorkerProcess:
         self._process.join()
 
     def pause(self) -> None:
-        """SIGSTOP: the peer sees a process that lives and is silent. Commands wait in the pipe, which holds 200 KB."""
+        """SIGSTOP: the peer sees a process that lives and is silent. Commands wait in the pipe, which holds 200 KB.
+
+        Returns when all its threads have stopped: one that computes goes on for a moment, and can end a handoff in it.
+        """
         os.kill(self.pid, signal.SIGSTOP)
+        while any(state not in "TtZX" for state in self._thread_states()):
+            time.sleep(0.001)
+
+    def _thread_states(self) -> list[str]:
+        states = []
+        for stat in Path(f"/proc/{self.pid}/task").glob("*/stat"):
+            with suppress(OSError):  # it has ended
+                states.append(stat.read_text().rpartition(")")[2].split()[0])
+        return states
 
     def resume(self) -> None:
         os.kill(self.pid, signal.SIGCONT)
