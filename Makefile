@@ -1,6 +1,6 @@
 # `make` lists what there is to do.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow soak lint fmt bench-handoff bench-router bench-idle clean
+.PHONY: help setup demo test test-slow soak figure2 lint fmt bench-handoff bench-router bench-idle clean
 
 PYTHON := .venv/bin/python
 # Several processes of several OpenMP threads each stall one another on a small machine.
@@ -32,6 +32,9 @@ lint: setup ## Check style, format and types
 fmt: setup ## Format the code and sort its imports
 	@$(PYTHON) -m ruff check --fix .
 	@$(PYTHON) -m ruff format .
+
+figure2: setup ## Train small models and draw the paper's Figure 2 (6 minutes a seed; SEEDS=3 for a spread)
+	@$(PYTHON) benchmark/training/figure2.py
 
 bench-handoff: setup ## Measure the KV handoff against NIXL, plain torch and memcpy (about 10 minutes)
 	@$(PYTHON) benchmark/handoff/run.py
