@@ -7,7 +7,7 @@ PYTHON := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Create .venv for this machine (CPU or CUDA; PREFILLSHARE_STACK chooses)
 	@scripts/setup.sh
@@ -36,7 +36,7 @@ fmt: setup ## Format the code and sort its imports
 figure2: setup ## Train small models and draw the paper's Figure 2 (6 minutes a seed; SEEDS=3 for a spread)
 	@$(PYTHON) benchmark/training/figure2.py
 
-bench-handoff: setup ## Measure the KV handoff against NIXL, plain torch and memcpy (about 10 minutes)
+bench-handoff: setup ## Measure the KV handoff against NIXL, plain torch and memcpy (about 5 minutes)
 	@$(PYTHON) benchmark/handoff/run.py
 	@$(PYTHON) benchmark/handoff/session.py
 
