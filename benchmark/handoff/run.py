@@ -11,15 +11,11 @@ timed. Writes out/bench/handoff/summary.json and, if matplotlib is installed, ba
 from __future__ import annotations
 
 import json
-import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmark.handoff.cases import LAYOUTS, Case, make_case  # noqa: E402
+from sglang_prefillshare.environment import describe_environment  # noqa: E402
 from test.support.handoff_pair import PoolShape, WorkerError, handoff_pair  # noqa: E402
 
 SIZES: Final = (16, 64, 256, 1024, 2048, 4096, 16384)
@@ -61,10 +58,7 @@ def main(sizes: tuple[int, ...], page_size: int, device: str, repetitions: int, 
             report(rows[-len(samples) - len(missing) :])
     summary: dict[str, Any] = {
         "question": "How fast is the handoff, against NIXL, plain torch and the machine's copy limit?",
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit(),
-        "versions": versions("sglang", "sglang-prefillshare", "torch", "numpy", "nixl"),
-        "device": describe_device(device),
+        **describe_environment(("sglang", "sglang-prefillshare", "torch", "numpy", "nixl"), device=device),
         "config": {**asdict(shape), "bytes_per_token": shape.bytes_per_page // page_size, "seed": SEED},
         "rows": rows,
     }
@@ -154,31 +148,6 @@ def report(rows: Sequence[dict[str, Any]]) -> None:
         spread = f"[{row['p10_s'] * 1e3:8.2f} {row['p90_s'] * 1e3:8.2f}]"
         speed = f"{row['bandwidth_bytes_per_s'] / 1e9:6.2f} GB/s {row['share_of_copy_limit']:6.1%} of the copy limit"
         click.echo(f"{where} {row['median_s'] * 1e3:8.2f} ms {spread} {speed}, {row['reps']} times")
-
-
-def commit() -> str:
-    command = ["git", "--no-optional-locks", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-
-
-def versions(*packages: str) -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def describe_device(device: str) -> dict[str, Any]:
-    if device != "cpu":
-        import torch
-
-        return {"kind": device, "name": torch.cuda.get_device_name(), "cpu_count": os.cpu_count()}
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {"kind": "cpu", "name": f"{models[0]}, {os.cpu_count()} cores", "cpu_count": os.cpu_count()}
 
 
 if __name__ == "__main__":

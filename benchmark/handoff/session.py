@@ -26,11 +26,11 @@ import click
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmark.handoff.run import commit, describe_device, versions  # noqa: E402
 from examples.demo.models import prepare_models  # noqa: E402
 from sglang_prefillshare.config import topology_from  # noqa: E402
 from sglang_prefillshare.deployment import Deployment, Worker  # noqa: E402
 from sglang_prefillshare.display import Display  # noqa: E402
+from sglang_prefillshare.environment import describe_environment  # noqa: E402
 from test.support.servers import handoff_counts, metric_samples  # noqa: E402
 
 AGENTS: Final = ("planner", "coder", "reviewer", "critic")
@@ -70,10 +70,7 @@ def main(increments: int, turns: int, dtype: str, out: Path) -> None:
         growing, session = asyncio.run(measure(deployment, increments, turns))
     summary = {
         "question": "How long does decode wait for a handoff, and what moves in each turn of a session?",
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit(),
-        "versions": versions("sglang", "sglang-prefillshare", "torch"),
-        "device": describe_device("cpu"),
+        **describe_environment(),
         "model": "SmolLM2-135M",
         "dtype": dtype,
         "increment_tokens": INCREMENT_TOKENS,

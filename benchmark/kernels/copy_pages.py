@@ -22,14 +22,11 @@ from __future__ import annotations
 
 import json
 import random
-import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +43,13 @@ from prefillshare_kernels.staging import (
     scatter_pages_moved_bytes,
     staging_bytes,
 )
+from sglang_prefillshare.environment import describe_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, KV_HEADS, HEAD_DIM, DTYPE = 32, 8, 128, torch.bfloat16
 TOKEN_BYTES = 2 * LAYERS * KV_HEADS * HEAD_DIM * DTYPE.itemsize
 LIMIT = "limit"
+PACKAGES = ("sglang-prefillshare", "sglang", "torch", "triton")
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,8 @@ def main(sizes_mib: str, page_sizes: str, repeats: int, warmup: int, flush_mib: 
     torch.manual_seed(seed)
     sizes = [int(size) << 20 for size in sizes_mib.split(",")]
     pools = make_pools(max(sizes), flush_mib << 20, device)
-    described = environment(device) | {
+    described = describe_environment(PACKAGES, device="cuda") | {
+        "capability": list(torch.cuda.get_device_capability(device)),
         "seed": seed,
         "repeats": repeats,
         "warmup": warmup,
@@ -315,27 +315,6 @@ def show(setting: list[Row]) -> None:
             f"{low:8.4f} {high:8.4f} {rate / 1e6:8.0f} {share:6.1%} {row.median_ms / limit.median_ms:8.2f}x "
             f"{statistics.median(row.host_us):9.0f}"
         )
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "commit": commit.stdout.strip() or None,
-        "device": torch.cuda.get_device_name(device),
-        "capability": list(torch.cuda.get_device_capability(device)),
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "triton": version_of("triton"),
-        "sglang": version_of("sglang"),
-    }
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

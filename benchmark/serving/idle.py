@@ -12,14 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +30,7 @@ from benchmark.serving.router import spread, ttft_ms  # noqa: E402
 from sglang_prefillshare.config import topology_from  # noqa: E402
 from sglang_prefillshare.deployment import Deployment  # noqa: E402
 from sglang_prefillshare.display import Display  # noqa: E402
+from sglang_prefillshare.environment import describe_environment  # noqa: E402
 from test.support.models import make_base, make_decode_module  # noqa: E402
 
 PAUSE_S = 1.5
@@ -64,10 +61,7 @@ def main(seconds: float, request_count: int, out: Path) -> None:
         cold, warm = asyncio.run(alternate(deployment, request_count))
     summary: dict[str, Any] = {
         "question": "What does an idle deployment cost, and what does waking it up cost?",
-        "command": " ".join(["python", *sys.argv]),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip(),
-        "versions": {name: version(name) for name in ("sglang", "sglang-prefillshare", "torch")},
-        "machine": {"cpu_count": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()},
+        **describe_environment(),
         "ready_s": round(ready_s, 1),
         "idle_percent_of_one_core": round(sum(shares.values()), 2),
         "idle_percent_by_worker": shares,

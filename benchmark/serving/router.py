@@ -12,14 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 from sglang_prefillshare.config import topology_from  # noqa: E402
 from sglang_prefillshare.deployment import Deployment  # noqa: E402
 from sglang_prefillshare.display import Display  # noqa: E402
+from sglang_prefillshare.environment import describe_environment  # noqa: E402
 from test.support.models import make_base, make_decode_module  # noqa: E402
 
 NEW_TOKENS = 4
@@ -123,10 +120,7 @@ def summarise(samples: list[tuple[float, float]], prompt_tokens: int) -> dict[st
     routed, paired = ([pair[side] for pair in samples] for side in (0, 1))
     return {
         "question": "What does the router add to TTFT, one request at a time?",
-        "command": " ".join(["python", *sys.argv]),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip(),
-        "versions": {name: version(name) for name in ("sglang", "sglang-prefillshare", "torch", "aiohttp", "uvicorn")},
-        "machine": {"cpu_count": os.cpu_count(), "machine": platform.machine(), "python": platform.python_version()},
+        **describe_environment(("sglang", "sglang-prefillshare", "torch", "aiohttp", "uvicorn")),
         "prompt_tokens": prompt_tokens,
         "requests": len(samples),
         "router_ttft_ms": spread(routed),

@@ -15,15 +15,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import random
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, Final
@@ -40,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmark.training.characters import CHARACTERS, SKILLS, TASKS, Sample, encode, pretraining_row  # noqa: E402
+from sglang_prefillshare.environment import describe_environment  # noqa: E402
 from sglang_prefillshare.training.data import base_token_count, draw_share  # noqa: E402
 from sglang_prefillshare.training.evaluate import Evaluator, Question, TaskSet  # noqa: E402
 from sglang_prefillshare.training.loss import Example, cache_conditioned_loss, collate  # noqa: E402
@@ -306,13 +303,11 @@ def main(seeds: int, threads: int | None, pretrain_steps: int, finetune_steps: i
     threads = threads or free_threads()
     torch.set_num_threads(threads)
     console = Console()
-    started, began_at = time.monotonic(), datetime.now(UTC)
-    packages = {name: _version(name) for name in ("sglang-prefillshare", "torch", "transformers", "numpy")}
-    command = " ".join(
-        ["python", *sys.argv, "--seeds", str(seeds)] if "--seeds" not in sys.argv else ["python", *sys.argv]
-    )
-    told = ", ".join(f"{name} {found}" for name, found in packages.items())
-    console.print(f"{command}\n{commit()}, {told}, threads {threads}", highlight=False, soft_wrap=True)
+    started = time.monotonic()
+    environment = describe_environment(("sglang-prefillshare", "torch", "transformers", "numpy"))
+    told = ", ".join(f"{name} {found}" for name, found in environment["versions"].items())
+    opening = f"{environment['command']}\n{environment['commit']}, {told}, {seeds} seeds, {threads} threads"
+    console.print(opening, highlight=False, soft_wrap=True)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
         TimeElapsedColumn(),
@@ -327,12 +322,8 @@ def main(seeds: int, threads: int | None, pretrain_steps: int, finetune_steps: i
         "task": TASK,
         "per_seed": per_seed,
         "seconds": round(time.monotonic() - started, 1),
-        "command": command,
-        "commit": commit(),
-        "date": began_at.isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **packages},
-        "device": {"machine": platform.machine(), "cpu_count": os.cpu_count(), "threads": threads},
-        "config": asdict(sizes),
+        **environment,
+        "config": asdict(sizes) | {"seeds": seeds, "threads": threads},
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "curve.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -351,18 +342,6 @@ def free_threads() -> int:
     """Two where two cores are idle: models this small gain nothing from more, and threads that wait stall."""
     cores = os.cpu_count() or 1
     return 2 if cores - os.getloadavg()[0] >= 2 else 1
-
-
-def commit() -> str:
-    command = ["git", "--no-optional-locks", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 if __name__ == "__main__":

@@ -184,14 +184,19 @@ def parse_topology(text: str, *, source: str, directory: Path) -> Topology:
         if root is None:
             raise ConfigError(f"{source} is empty, wanted the keys base and decode.")
         return _Parser(loader, source, directory).topology(root)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{source}:{mark.line + 1}" if mark else source
-        raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}.") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {error}.") from error
+        raise yaml_error(error, source) from error
     finally:
         loader.dispose()
+
+
+def yaml_error(error: yaml.YAMLError, source: str) -> ConfigError:
+    """What is wrong with YAML that could not be read, with file and line."""
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return ConfigError(f"{source}: not valid YAML: {error}.")
+    mark = error.problem_mark or error.context_mark
+    where = f"{source}:{mark.line + 1}" if mark else source
+    return ConfigError(f"{where}: not valid YAML: {error.problem or error.context}.")
 
 
 def flags_of(args: Mapping[str, ArgValue]) -> list[str]:

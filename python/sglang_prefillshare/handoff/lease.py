@@ -31,11 +31,10 @@ DecodeTarget = TypeVar("DecodeTarget")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a decode process asked for: so many pages of the room's KV, after `prefix_tokens` that it holds itself."""
+    """What a decode process asked for: so many pages of the room's KV."""
 
     session: str
     page_count: int
-    prefix_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

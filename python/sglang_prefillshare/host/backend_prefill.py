@@ -135,7 +135,7 @@ class PrefillKVManager(PrefillShareKVManager):
         if peer is None:
             logger.warning("Room %s is wanted by an unregistered decode worker", message.room)
             return
-        wanted = Wanted(message.session, message.page_count, message.prefix_tokens)
+        wanted = Wanted(message.session, message.page_count)
         if (reason := self.leases.want(message.room, wanted)) is not None:
             self.send_kv_status_message(
                 targets=[(peer.host, peer.port)],

@@ -121,7 +121,7 @@ def prepare(sources: Sequence[Source], data: Data, tokenizer: Any, *, stop_ids: 
     examples: list[Tokens] = []
     digest = xxhash.xxh3_128()
     for turns in _batched(_turns(sources, data, tokenizer, drop), _BATCH):
-        for turn, tokens in zip(turns, _tokenise(turns, tokenizer, stops, append_eos=data.append_eos), strict=True):
+        for turn, tokens in zip(turns, tokenise(turns, tokenizer, stops, append_eos=data.append_eos), strict=True):
             reason = _unusable(tokens, data.max_length)
             if reason is not None:
                 drop(reason, turn.where)
@@ -261,12 +261,13 @@ def _load_dataset(source: Source) -> Iterable[Mapping[str, Any]]:
 def _turns(sources: Sequence[Source], data: Data, tokenizer: Any, drop: Callable[[str, str], None]) -> Iterator[Turn]:
     for source in sources:
         for where, record in read_records(source):
-            yield from _turns_of(record, where, data, tokenizer, drop)
+            yield from render_turns(record, where, data, tokenizer, drop)
 
 
-def _turns_of(
+def render_turns(
     record: Mapping[str, Any], where: str, data: Data, tokenizer: Any, drop: Callable[[str, str], None]
 ) -> Iterator[Turn]:
+    """The turns of one record; `drop` is told the reason and the place of each that cannot be learned from."""
     columns = data.columns
     if record.get(columns.messages) is not None:
         messages = _messages(record[columns.messages], where, columns.messages)
@@ -443,7 +444,8 @@ def _tools(value: Any, where: str, name: str) -> list[dict[str, Any]] | None:
 # Tokenising
 
 
-def _tokenise(turns: Sequence[Turn], tokenizer: Any, stops: set[int], *, append_eos: bool) -> list[Tokens]:
+def tokenise(turns: Sequence[Turn], tokenizer: Any, stops: set[int], *, append_eos: bool) -> list[Tokens]:
+    """Prompt and response apart. A rendered answer ends at the first of `stops`, any at EOS with `append_eos`."""
     prompts = _encode_prompts(turns, tokenizer)
     responses = _encode(tokenizer, [turn.response for turn in turns], add_special_tokens=False)
     tokens = []

@@ -27,7 +27,7 @@ import torch
 from transformers import DynamicCache
 
 from sglang_prefillshare.errors import ConfigError
-from sglang_prefillshare.training.data import _tokenise, _turns_of, base_token_count, read_records
+from sglang_prefillshare.training.data import base_token_count, read_records, render_turns, tokenise
 from sglang_prefillshare.training.loss import (
     Batch,
     Example,
@@ -244,7 +244,7 @@ def read_tasks(
     if not counts:
         raise ConfigError(f"{path} holds no question. Give records with prompt and answer, one a line.")
     (scoring,) = kinds
-    tokens = iter(_tokenise(turns, tokenizer, stops, append_eos=append_eos and scoring == "exact_match"))
+    tokens = iter(tokenise(turns, tokenizer, stops, append_eos=append_eos and scoring == "exact_match"))
     questions = []
     for where, count, right in counts:
         own = list(itertools.islice(tokens, count))
@@ -294,7 +294,7 @@ def _turn(record: Mapping[str, Any], answer: Any, where: str, rendering: Data, t
     def refuse(reason: str, at: str) -> None:
         raise ConfigError(f"{at}: {reason}. Remove the record, or mend it.")
 
-    turns = list(_turns_of({**record, "answer": answer}, where, rendering, tokenizer, refuse))
+    turns = list(render_turns({**record, "answer": answer}, where, rendering, tokenizer, refuse))
     if len(turns) != 1:
         raise ConfigError(f"{where}: answer has {len(turns)} assistant messages, wanted one.")
     return turns[0]

@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 import msgspec
 import yaml
 
-from sglang_prefillshare.config import resolve_model
+from sglang_prefillshare.config import resolve_model, yaml_error
 from sglang_prefillshare.errors import ConfigError
 
 _DATA_SUFFIXES: Final = (".jsonl", ".json")
@@ -397,12 +397,8 @@ def _load_yaml(text: str, source: str) -> tuple[Any, dict[str, int]]:
             return None, lines
         _note_lines(root, "", lines, source)
         return loader.construct_document(root), lines
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{source}:{mark.line + 1}" if mark else source
-        raise ConfigError(f"{where}: not valid YAML: {error.problem or error.context}.") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {error}.") from error
+        raise yaml_error(error, source) from error
     finally:
         loader.dispose()
 

@@ -107,8 +107,8 @@ def train_recipe(recipe: Recipe) -> TrainSummary:
         _check_output(recipe, checkpoint_folder(recipe))
     tokenizer = AutoTokenizer.from_pretrained(locate_model(recipe.tokenizer_path or recipe.base))
     if recipe.chat_template is not None:
-        tokenizer.chat_template = _template_text(recipe.chat_template)
-    stops = _stop_ids(recipe.init or recipe.base)
+        tokenizer.chat_template = read_template(recipe.chat_template)
+    stops = read_stop_ids(recipe.init or recipe.base)
     train_set = prepare(recipe.data.train, recipe.data, tokenizer, stop_ids=stops)
     eval_set = prepare(recipe.data.eval, recipe.data, tokenizer, stop_ids=stops) if recipe.data.eval else None
     record = _record(recipe, identity, train_set, eval_set)
@@ -116,7 +116,7 @@ def train_recipe(recipe: Recipe) -> TrainSummary:
     if is_main and checkpoint is not None:
         _check_same_run(checkpoint_folder(recipe) / RECORD, record)
     set_seed(recipe.training.seed)  # before an adapter draws its first weights
-    trainer = build_trainer(recipe, args, train_set, eval_set, pad_id=_pad_id(tokenizer))
+    trainer = build_trainer(recipe, args, train_set, eval_set, pad_id=padding_id(tokenizer))
     if is_main:
         if checkpoint is None:
             _claim_output(recipe, checkpoint_folder(recipe))
@@ -374,7 +374,7 @@ def _last_evaluation(log: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {key: float(value) for key, value in found[-1].items() if key.startswith("eval_")} if found else {}
 
 
-def _stop_ids(model: str) -> set[int]:
+def read_stop_ids(model: str) -> set[int]:
     """The tokens at which serving stops: `eos_token_id` in config.json and generation_config.json."""
     folder = locate_model(model)
     stops: set[int] = set()
@@ -385,7 +385,7 @@ def _stop_ids(model: str) -> set[int]:
     return stops
 
 
-def _pad_id(tokenizer: Any) -> int:
+def padding_id(tokenizer: Any) -> int:
     """Any token will do: padded positions are masked, and have no label."""
     for value in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if value is not None:
@@ -393,7 +393,8 @@ def _pad_id(tokenizer: Any) -> int:
     return 0
 
 
-def _template_text(chat_template: str) -> str:
+def read_template(chat_template: str) -> str:
+    """The text of a Jinja file. Raises `ConfigError` for a template that Transformers cannot render."""
     path = Path(chat_template)
     if not path.is_file() or path.suffix == ".json":
         raise ConfigError(

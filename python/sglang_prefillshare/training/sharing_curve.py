@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -21,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sglang_prefillshare import __version__
+from sglang_prefillshare.environment import describe_environment
 from sglang_prefillshare.errors import ConfigError, IdentityError, PrefillShareError
 from sglang_prefillshare.identity.canonical import read_json_object, replace_file
 from sglang_prefillshare.identity.fingerprint import BaseIdentity, check_tokenizer, identify_base, read_config
@@ -120,13 +119,11 @@ class SharingCurve:
 
     def to_json(self) -> dict[str, Any]:
         """The whole result; each question's outcome is a character, 1 for right, in the order of the task file."""
-        packages = ("torch", "transformers", "peft")
         return {
             "question": "How does accuracy depend on the share of the prompt's KV that the base computed?",
             "created_by": f"sglang-prefillshare {__version__}",
-            "command": " ".join(sys.argv),
-            "versions": {name: _version(name) for name in packages},
-            "config": asdict(self.config) | {"base": self.base, "device": self.device, "dtype": self.dtype},
+            **describe_environment(("torch", "transformers", "peft"), device=self.device),
+            "config": asdict(self.config) | {"base": self.base, "dtype": self.dtype},
             "base_fingerprint": self.base_fingerprint,
             "scoring": self.scoring,
             "questions": self.question_count,
@@ -190,7 +187,7 @@ def measure(
 
     from sglang_prefillshare.training.evaluate import Evaluator, read_tasks
     from sglang_prefillshare.training.loss import check_plain_attention
-    from sglang_prefillshare.training.run import _pad_id, _stop_ids, _template_text, load_model
+    from sglang_prefillshare.training.run import load_model, padding_id, read_stop_ids, read_template
 
     started = time.monotonic()
     folders = {name: _module_folder(path) for name, path in config.modules.items()}
@@ -207,10 +204,12 @@ def measure(
     names_base = {name: _check_module(folder, base_path, identity, config=config) for name, folder in folders.items()}
     tokenizer = AutoTokenizer.from_pretrained(locate_model(config.tokenizer_path or base_path))
     if config.chat_template is not None:
-        tokenizer.chat_template = _template_text(config.chat_template)
+        tokenizer.chat_template = read_template(config.chat_template)
     device = config.device or str(torch.accelerator.current_accelerator() or "cpu")
     dtype = config.dtype or ("float32" if device.startswith("cpu") else "bfloat16")
-    stop_ids = frozenset[int]().union(*(_stop_ids(str(path)) for path in (locate_model(base_path), *_whole(folders))))
+    stop_ids = frozenset[int]().union(
+        *(read_stop_ids(str(path)) for path in (locate_model(base_path), *_whole(folders)))
+    )
     tasks = read_tasks(
         config.tasks,
         tokenizer,
@@ -224,7 +223,7 @@ def measure(
     curves = []
     for name, folder in folders.items():
         module, source = _load(folder, base, lambda: load_model(base_path, dtype).to(device), dtype)
-        evaluator = Evaluator(module.to(device).eval(), source, config.batch_size, _pad_id(tokenizer))
+        evaluator = Evaluator(module.to(device).eval(), source, config.batch_size, padding_id(tokenizer))
         right = [_answers(evaluator, tasks, name, share, on_progress) for share in config.shares]
         curves.append(ModuleCurve(name, "adapter" if _is_adapter(folder) else "full", names_base[name], right))
     return SharingCurve(
@@ -368,10 +367,3 @@ def _load(folder: Path, base: Any, fresh_base: Callable[[], Any], dtype: str) ->
             f"adapter {folder} does not fit the base: {str(error).splitlines()[0]} "
             "Give the base it was trained on with --base."
         ) from error
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

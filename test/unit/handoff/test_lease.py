@@ -177,7 +177,7 @@ class AnyCourseOfEvents(RuleBasedStateMachine):
         known = self.rooms[room]
         if known.wanted is not None:
             return  # a room is one request, and asked for once
-        wanted = Wanted(session, page_count, prefix_tokens=page_count)
+        wanted = Wanted(session, page_count)
         told = self.book.want(room, wanted)
         if room in self.news_for_decode:
             assert told == self.news_for_decode.pop(room)
@@ -296,12 +296,12 @@ class AnyCourseOfEvents(RuleBasedStateMachine):
         for room in ROOMS:  # whoever comes late is told once
             told = self.news_for_decode.get(room)
             for expected in (told, None):
-                assert self.book.want(room, Wanted("dan", 1, 0)) == expected
+                assert self.book.want(room, Wanted("dan", 1)) == expected
         self.book.leave("dan", "the end")
         for room in ROOMS:
             self.book.open(room)
             assert self.book.open(room) is None
-            assert self.book.want(room, Wanted("eve", 1, 0)) is None
+            assert self.book.want(room, Wanted("eve", 1)) is None
         for room in ROOMS[:SLOTS]:  # no word is lost
             assert self.book.lend(room, first=0, page_count=1, is_last=True) is not None
 
@@ -333,7 +333,7 @@ TestAnyCourseOfEvents.settings = settings(max_examples=250, stateful_step_count=
 
 # ---- one room ------------------------------------------------------------------------------------------------------
 
-WANTED = Wanted("ann", page_count=5, prefix_tokens=64)
+WANTED = Wanted("ann", page_count=5)
 
 
 class Clock:
@@ -459,7 +459,7 @@ def test_more_or_fewer_pages_than_decode_made_room_for_are_not_lent(
 
 
 def test_a_prompt_that_decode_holds_already_is_handed_over_without_pages(book: LeaseBook, table: LeaseTable) -> None:
-    mark = lend_all(book, 7, Wanted("ann", page_count=0, prefix_tokens=640))
+    mark = lend_all(book, 7, Wanted("ann", page_count=0))
     assert book.pages_on_loan == 0 and LeaseView(table.handle).holds(mark)
     assert book.confirm(7, "ann") == Loan(0, 0.0)
 
@@ -636,7 +636,7 @@ book, room = LeaseBook(table, timeout_s=60), 0
 while True:
     room += 1
     book.open(room)
-    book.want(room, Wanted("ann", {_PAGES}, 0))
+    book.want(room, Wanted("ann", {_PAGES}))
     _, mark = book.lend(room, first=0, page_count={_PAGES}, is_last=True)
     pages[:] = mark.number
     letter[1] = mark.slot
