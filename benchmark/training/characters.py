@@ -117,13 +117,14 @@ def code_sample(generator: random.Random) -> Sample:
 
 
 def next_key_sample(generator: random.Random) -> Sample:
-    """Name the key that follows in the list, as a capital: `#[a4,k7,c2,z9]k` -> `C`. The last key is never asked.
+    """Name the key that follows in a list of 6 to 8 pairs, as a capital: `#[a4,k7,c2,z9,…]k` -> `C`. The last key is
+    never asked.
 
     Each key would have to carry the key before it, which the base never had a reason to compute: the module cannot make
-    up for that where the base prefills the list. A guess among the other keys is right in 33 % of the cases, among
-    those behind the asked one in 61 %.
+    up for that where the base prefills the list. (With four pairs it sometimes can, by their distance from the end.) A
+    guess among the other keys is right in 17 % of the cases, among those behind the asked one in 41 %.
     """
-    pairs = _pairs(generator, 4)
+    pairs = _pairs(generator, generator.randint(6, 8))
     place = generator.randrange(len(pairs) - 1)
     return Sample(_question(pairs, pairs[place][0]), pairs[place + 1][0].upper())
 

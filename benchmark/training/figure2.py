@@ -64,7 +64,7 @@ class Sizes:
     heads: int = 4
     rope_theta: float = 100.0  # rows are short: more of a head's dimensions can tell neighbours apart
     initializer_range: float = 0.06
-    pretrain_steps: int = 1000
+    pretrain_steps: int = 1300
     pretrain_rows: int = 32
     pretrain_rate: float = 5e-3
     pretrain_embedding_rate: float = 3e-3
