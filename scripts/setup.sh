@@ -54,14 +54,14 @@ pip=(.venv/bin/python -m pip --disable-pip-version-check install --no-compile) #
 
 if [ "$stack" = cpu ]; then
     step "SGLang's light CPU stack (1-2 minutes, 3 GB)" \
-        "${pip[@]}" --no-deps -r requirements/cpu.txt -r requirements/dev.txt -r requirements/demo.txt -r requirements/train.txt
+        "${pip[@]}" --no-deps -r requirements/cpu.txt -r requirements/dev.txt -r requirements/demo.txt -r requirements/train.txt -r requirements/eval.txt
     if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
         # pip was offered the CUDA build only, which does not load without the libraries it depends on.
         step "libraries of the torch that pip chose (several GB)" "${pip[@]}" "$(grep -o '^torch==[^ ]*' requirements/cpu.txt)"
     fi
 else
     step "SGLang with its CUDA dependencies (about 6 minutes, 11 GB)" "${pip[@]}" -r requirements/cuda.txt
-    step "tools" "${pip[@]}" --no-deps -r requirements/dev.txt -r requirements/demo.txt -r requirements/train.txt
+    step "tools" "${pip[@]}" --no-deps -r requirements/dev.txt -r requirements/demo.txt -r requirements/train.txt -r requirements/eval.txt
 fi
 step "this package" "${pip[@]}" --no-deps --no-build-isolation --editable .
 # Every worker is three processes that import some 10,000 files each: compiled once here, on all cores, instead of at the

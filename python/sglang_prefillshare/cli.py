@@ -190,11 +190,49 @@ def sharing_curve(tasks: Path, modules: tuple[str, ...], shares: tuple[float, ..
     TASKS is a JSONL file of {"prompt", "answer"}, for exact match, or {"prompt", "choices", "answer"}, for the
     likeliest choice. MODULES are folders or hub ids of decode modules or adapters. docs/training.md has the details.
     """
-    from sglang_prefillshare.training.sharing_curve import SHARES, CurveConfig, named_modules
+    from sglang_prefillshare.training.modules import named_modules
+    from sglang_prefillshare.training.sharing_curve import SHARES, CurveConfig
     from sglang_prefillshare.training.sharing_curve import sharing_curve as run_curve
 
     config = CurveConfig(modules=named_modules(modules), tasks=str(tasks), shares=shares or SHARES, **options)
     run_curve(config, out)
+
+
+@evaluate.command("tasks")
+@click.argument("modules", nargs=-1, metavar="[NAME=]MODULE...")
+@click.option("--url", help="Ask a deployment's router, such as http://127.0.0.1:8000, instead of MODULES.")
+@click.option("--model", "models", multiple=True, metavar="NAME", help="Of the deployment. Repeat. [default: all]")
+@click.option(
+    "--task", "tasks", multiple=True, help="Repeat. [default: bfcl-simple-python, bfcl-multiple and humaneval]"
+)
+@click.option("--style", default="full", show_default=True, help="BFCL's prompts: full (its own), or compact (ours).")
+@click.option("--form", default="auto", show_default=True, help="HumanEval's prompts: chat, completion, or auto.")
+@click.option("--limit", type=int, help="Only the first so many questions of each task.")
+@click.option("--max-new-tokens", type=int, help="Tokens of an answer. [default: 256 for calls, 512 for code]")
+@click.option("--base", help="The base: a folder, or a hub id. [default: as the modules say]")
+@click.option("--share", type=float, default=1.0, show_default=True, help="Of the prompt's KV, from the base.")
+@click.option("--out", type=_FOLDER, default=Path("out/eval"), show_default=True)
+@click.option("--batch-size", type=int, default=16, show_default=True, help="Prompts at a time, offline.")
+@click.option("--concurrency", type=int, default=8, show_default=True, help="Requests at a time, of a deployment.")
+@click.option("--request-timeout", "timeout_s", type=float, default=600.0, show_default=True, help="Seconds.")
+@click.option("--device", help="[default: the accelerator, else cpu]")
+@click.option("--dtype", help="[default: float32 on a CPU, else bfloat16]")
+@click.option("--tokenizer-path", help="As the workers of base and module are given it.")
+@click.option("--chat-template", help="As the workers of base and module are given it.")
+def eval_tasks(modules: tuple[str, ...], tasks: tuple[str, ...], out: Path, **options: Any) -> int:
+    """How many questions of BFCL and HumanEval decode modules get right.
+
+    MODULES are folders or hub ids of decode modules or adapters, measured offline; with --url those of a deployment
+    are asked. Code that a model wrote runs sandboxed. The exit status is 1 if a question got no answer.
+    docs/evaluation.md has the details.
+    """
+    from sglang_prefillshare.evaluation.report import TasksConfig
+    from sglang_prefillshare.evaluation.report import eval_tasks as run_tasks
+    from sglang_prefillshare.evaluation.tasks import DEFAULT_TASKS
+    from sglang_prefillshare.training.modules import named_modules
+
+    config = TasksConfig(modules=named_modules(modules), tasks=tasks or DEFAULT_TASKS, **options)
+    return EXIT_FAILURE if run_tasks(config, out).unanswered_count else 0
 
 
 @cli.command()

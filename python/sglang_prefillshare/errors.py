@@ -23,3 +23,7 @@ class HandoffError(PrefillShareError):
 
 class WorkerError(PrefillShareError):
     """A worker process died, did not become ready in time, or answered with something unusable."""
+
+
+class SandboxError(PrefillShareError):
+    """This machine cannot run a model's program without danger, so it was not run."""

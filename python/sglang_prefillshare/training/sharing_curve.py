@@ -1,7 +1,7 @@
 """`prefillshare eval sharing-curve`: accuracy against the share of prompt KV that is the base's (paper, Figure 2).
 
-Owns which modules may be measured on which base, loading them, and the three forms of the result: table, JSON, plot.
-How a question is answered is `evaluate.py`'s.
+Owns the three forms of the result: table, JSON, plot. Which modules may be measured on which base, and loading them, is
+`modules.py`'s; how a question is answered is `evaluate.py`'s.
 """
 
 from __future__ import annotations
@@ -20,21 +20,15 @@ from rich.table import Table
 
 from sglang_prefillshare import __version__
 from sglang_prefillshare.environment import describe_environment
-from sglang_prefillshare.errors import ConfigError, IdentityError, PrefillShareError
-from sglang_prefillshare.identity.canonical import read_json_object, replace_file
-from sglang_prefillshare.identity.fingerprint import BaseIdentity, check_tokenizer, identify_base, read_config
-from sglang_prefillshare.identity.folder import locate_model
-from sglang_prefillshare.identity.geometry import check_same_geometry
-from sglang_prefillshare.identity.manifest import check_manifest, read_manifest
+from sglang_prefillshare.errors import ConfigError, PrefillShareError
+from sglang_prefillshare.identity.canonical import replace_file
+from sglang_prefillshare.training.modules import DTYPES, open_modules
 
 if TYPE_CHECKING:
-    from sglang_prefillshare.training.evaluate import TaskSet
-    from sglang_prefillshare.training.trainer import BaseSource
+    from sglang_prefillshare.training.evaluate import Evaluator, TaskSet
 
 SHARES: Final = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Those of the paper's Figure 2."""
-
-_ADAPTER: Final = "adapter_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,22 +60,8 @@ class CurveConfig:
             raise ConfigError(f"shares is {self.shares!r}, wanted each only once.")
         if self.batch_size < 1 or (self.limit is not None and self.limit < 1):
             raise ConfigError(f"batch_size is {self.batch_size} and limit {self.limit}, wanted 1 or more.")
-        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+        if self.dtype not in (None, *DTYPES):
             raise ConfigError(f"dtype is {self.dtype!r}, wanted float32, bfloat16 or float16.")
-
-
-def named_modules(entries: Sequence[str]) -> dict[str, str]:
-    """Modules by name from `NAME=MODULE` or `MODULE`, which is then called as its folder is."""
-    modules: dict[str, str] = {}
-    for entry in entries:
-        name, equals, path = entry.partition("=")
-        if not equals or Path(entry).exists():
-            name, path = Path(entry).name or entry, entry
-        if not name or not path or name in modules:
-            found = f"a second {name!r}" if name in modules else repr(entry)
-            raise ConfigError(f"modules has {found}, wanted MODULE or NAME=MODULE, each name only once.")
-        modules[name] = path
-    return modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +96,14 @@ class SharingCurve:
     prompt_tokens: int
     modules: Sequence[ModuleCurve]
     seconds: float
+    environment: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
         """The whole result; each question's outcome is a character, 1 for right, in the order of the task file."""
         return {
             "question": "How does accuracy depend on the share of the prompt's KV that the base computed?",
             "created_by": f"sglang-prefillshare {__version__}",
-            **describe_environment(("torch", "transformers", "peft"), device=self.device),
+            **self.environment,
             "config": asdict(self.config) | {"base": self.base, "dtype": self.dtype},
             "base_fingerprint": self.base_fingerprint,
             "scoring": self.scoring,
@@ -182,61 +163,41 @@ def measure(
     `on_progress` is told the module's name, the share, how many more questions are done, and how many there are. Raises
     `ConfigError` for files and folders that do not fit, `IdentityError` for a module of another base.
     """
-    import torch
-    from transformers import AutoTokenizer
-
-    from sglang_prefillshare.training.evaluate import Evaluator, read_tasks
-    from sglang_prefillshare.training.loss import check_plain_attention
-    from sglang_prefillshare.training.run import load_model, padding_id, read_stop_ids, read_template
+    from sglang_prefillshare.training.evaluate import read_tasks
 
     started = time.monotonic()
-    folders = {name: _module_folder(path) for name, path in config.modules.items()}
-    base_path = config.base or _named_base(folders)
-    try:
-        is_gguf = locate_model(base_path).is_file()
-    except ConfigError as error:
-        if config.base is not None:
-            raise
-        raise ConfigError(f"a module names its base: {error} If it lies elsewhere now, give it with --base.") from error
-    if is_gguf:
-        raise ConfigError(f"base {base_path} is a GGUF file, wanted a folder. Convert it to a checkpoint first.")
-    identity = identify_base(base_path, tokenizer_path=config.tokenizer_path, chat_template=config.chat_template)
-    names_base = {name: _check_module(folder, base_path, identity, config=config) for name, folder in folders.items()}
-    tokenizer = AutoTokenizer.from_pretrained(locate_model(config.tokenizer_path or base_path))
-    if config.chat_template is not None:
-        tokenizer.chat_template = read_template(config.chat_template)
-    device = config.device or str(torch.accelerator.current_accelerator() or "cpu")
-    dtype = config.dtype or ("float32" if device.startswith("cpu") else "bfloat16")
-    stop_ids = frozenset[int]().union(
-        *(read_stop_ids(str(path)) for path in (locate_model(base_path), *_whole(folders)))
+    opened = open_modules(
+        config.modules,
+        base=config.base,
+        tokenizer_path=config.tokenizer_path,
+        chat_template=config.chat_template,
+        device=config.device,
+        dtype=config.dtype,
     )
     tasks = read_tasks(
         config.tasks,
-        tokenizer,
-        stop_ids=stop_ids,
+        opened.tokenizer,
+        stop_ids=opened.stop_ids,
         append_eos=config.append_eos,
         limit=config.limit,
-        max_length=read_config(base_path).get("max_position_embeddings"),
+        max_length=opened.max_positions,
     )
-    base: Any = load_model(base_path, dtype).requires_grad_(False).eval().to(device)
-    check_plain_attention(base.config)
     curves = []
-    for name, folder in folders.items():
-        module, source = _load(folder, base, lambda: load_model(base_path, dtype).to(device), dtype)
-        evaluator = Evaluator(module.to(device).eval(), source, config.batch_size, padding_id(tokenizer))
+    for name, evaluator in opened.evaluators(config.batch_size):
         right = [_answers(evaluator, tasks, name, share, on_progress) for share in config.shares]
-        curves.append(ModuleCurve(name, "adapter" if _is_adapter(folder) else "full", names_base[name], right))
+        curves.append(ModuleCurve(name, opened.kind(name), opened.names_base[name], right))
     return SharingCurve(
         config=config,
-        base=base_path,
-        base_fingerprint=identity.model_fingerprint,
-        device=device,
-        dtype=dtype,
+        base=opened.base,
+        base_fingerprint=opened.identity.model_fingerprint,
+        device=opened.device,
+        dtype=opened.dtype,
         scoring=tasks.scoring,
         question_count=len(tasks.questions),
         prompt_tokens=sum(len(question.prompt) for question in tasks.questions),
         modules=curves,
         seconds=time.monotonic() - started,
+        environment=describe_environment(("torch", "transformers", "peft"), device=opened.device),
     )
 
 
@@ -292,78 +253,9 @@ def label_panel(panel: Any, shares: Sequence[float]) -> None:
 
 
 def _answers(
-    evaluator: Any, tasks: TaskSet, name: str, share: float, on_progress: Callable[[str, float, int, int], object]
+    evaluator: Evaluator, tasks: TaskSet, name: str, share: float, on_progress: Callable[[str, float, int, int], object]
 ) -> list[bool]:
     def tell(done: int) -> None:
         on_progress(name, share, done, len(tasks.questions))
 
-    right: list[bool] = evaluator.answers_right(tasks, share=share, on_progress=tell)
-    return right
-
-
-def _module_folder(path: str) -> Path:
-    folder = locate_model(path)
-    if not ((folder / _ADAPTER).is_file() or (folder / "config.json").is_file()):
-        raise ConfigError(
-            f"{path} has neither config.json nor {_ADAPTER}. Give the folder of a decode module or of an adapter."
-        )
-    return folder
-
-
-def _is_adapter(folder: Path) -> bool:
-    return (folder / _ADAPTER).is_file()
-
-
-def _whole(folders: Mapping[str, Path]) -> list[Path]:
-    return [folder for folder in folders.values() if not _is_adapter(folder)]
-
-
-def _named_base(folders: Mapping[str, Path]) -> str:
-    """The base that the first module which names one was trained on, as far as it can be found under that name."""
-    for folder in folders.values():
-        manifest = read_manifest(folder)
-        if manifest is not None:
-            return manifest.base
-        if _is_adapter(folder):
-            named = read_json_object(folder / _ADAPTER).get("base_model_name_or_path")
-            if isinstance(named, str) and named:
-                return named
-    raise ConfigError(f"{', '.join(folders)}: no module names its base. Give it with --base.")
-
-
-def _check_module(folder: Path, base: str, identity: BaseIdentity, *, config: CurveConfig) -> bool:
-    """Raise unless the module can read this base's KV. True where its manifest says that it was trained to.
-
-    One without a manifest may be measured: that is the paper's naive sharing.
-    """
-    if not _is_adapter(folder):
-        check_same_geometry(read_config(base), read_config(folder))
-    manifest = read_manifest(folder)
-    if manifest is not None:
-        check_manifest(manifest, identity, module=str(folder))
-    if config.tokenizer_path is None and any(folder.glob("tokenizer*")):
-        check_tokenizer(folder, identity, chat_template=config.chat_template)
-    return manifest is not None
-
-
-def _load(folder: Path, base: Any, fresh_base: Callable[[], Any], dtype: str) -> tuple[Any, BaseSource]:
-    """A module, and the way from it to its base: the one that is loaded, or itself without its adapter."""
-    from sglang_prefillshare.training.run import load_model
-    from sglang_prefillshare.training.trainer import frozen_copy, without_adapter
-
-    if not _is_adapter(folder):
-        return load_model(str(folder), dtype), frozen_copy(base)
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise ConfigError(
-            f"{folder} is an adapter, and the package peft is not installed. "
-            "Install it: pip install --no-deps -r requirements/train.txt"
-        ) from error
-    try:
-        return PeftModel.from_pretrained(fresh_base(), folder), without_adapter()
-    except (RuntimeError, ValueError) as error:
-        raise IdentityError(
-            f"adapter {folder} does not fit the base: {str(error).splitlines()[0]} "
-            "Give the base it was trained on with --base."
-        ) from error
+    return evaluator.answers_right(tasks, share=share, on_progress=tell)
