@@ -6,18 +6,15 @@ a key means for Transformers is `trainer.py`'s to know, what is in the data `dat
 
 from __future__ import annotations
 
-import difflib
-import re
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import msgspec
-import yaml
 
-from sglang_prefillshare.config import resolve_model, yaml_error
+from sglang_prefillshare.config import resolve_model
 from sglang_prefillshare.errors import ConfigError
+from sglang_prefillshare.parsing import convert, kind_of, load_tree
 
 _DATA_SUFFIXES: Final = (".jsonl", ".json")
 
@@ -183,18 +180,15 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(text: str, *, source: str, directory: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Parse YAML `text`; `source` names it in errors."""
-    tree, lines = _load_yaml(text, source)
+    tree, lines = load_tree(text, source)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{source} is {_kind(tree)}, wanted the keys base, output and data.")
+        raise ConfigError(f"{source} is {kind_of(tree)}, wanted the keys base, output and data.")
     origins = {path: f"{source}:{line}" for path, line in lines.items()}
     for override in overrides:
         key = _apply(tree, override)
         origins[key] = f"override {override!r}"
     _expand_sources(tree)
-    try:
-        recipe = msgspec.convert(tree, Recipe, str_keys=True)
-    except msgspec.ValidationError as error:
-        raise ConfigError(_explain(str(error), tree, origins, source)) from error
+    recipe = convert(tree, Recipe, origins=origins, source=source)
     try:
         return _resolve_paths(recipe, directory)
     except ConfigError as error:
@@ -207,14 +201,14 @@ def _apply(tree: dict[str, Any], override: str) -> str:
     names = key.strip().split(".")
     if not equals or not all(names):
         raise ConfigError(f"override is {override!r}, wanted KEY=VALUE such as training.learning_rate=2e-5.")
-    value, _ = _load_yaml(text, f"override {override!r}")
+    value, _ = load_tree(text, f"override {override!r}")
     at = tree
     for name in names[:-1]:
         inner = at.get(name)
         if inner is None:
             inner = at[name] = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"override {override!r}: {name} is {_kind(inner)} in the recipe, wanted a mapping.")
+            raise ConfigError(f"override {override!r}: {name} is {kind_of(inner)} in the recipe, wanted a mapping.")
         at = inner
     at[names[-1]] = value
     return ".".join(names)
@@ -268,154 +262,3 @@ def _existing(path: str, directory: Path) -> str | None:
         if candidate.exists():
             return str(candidate.resolve())
     return None
-
-
-# Errors: msgspec says what is wrong and where in the tree; people look for file and line.
-
-_AT: Final = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
-
-
-def _explain(message: str, tree: dict[str, Any], origins: dict[str, str], source: str) -> str:
-    match = _AT.match(message)
-    assert match is not None
-    what = match["what"]
-    path = (match["path"] or "$").removeprefix("$").lstrip(".")
-    unknown = re.fullmatch(r"Object contains unknown field `(.*)`", what)
-    missing = re.fullmatch(r"Object missing required field `(.*)`", what)
-    name = unknown or missing
-    key = ".".join(part for part in (path, name[1] if name else "") if part)
-    where = _origin(key, origins, source)
-    if unknown:
-        known = [field for kind in _structs_at(path) for field in kind.__struct_fields__]
-        close = difflib.get_close_matches(unknown[1], known, n=1)
-        hint = f"Did you mean {close[0]}?" if close else f"Known here: {', '.join(known)}."
-        return f"{where}: unknown key {key}. {hint}"
-    if missing:
-        return f"{where}: {key} is missing. Add it."
-    if path == "":
-        own = re.match(r"(\w+) is ", what)
-        return f"{_origin(own[1], origins, source) if own else where}: {what}"
-    value = _value_at(tree, path)
-    wrong_type = re.fullmatch(r"Expected `(.*)`, got `(.*)`", what)
-    if wrong_type:
-        return f"{where}: {key} is {value!r}, wanted {_plain_type(wrong_type[1])}."
-    if what.startswith("Invalid enum value"):
-        return f"{where}: {key} is {value!r}, wanted {' or '.join(_choices_at(path))}."
-    # A check of our own: it names the field inside of `path`.
-    inner = re.match(r"(\w+) is ", what)
-    full = f"{path}.{inner[1]}" if inner else path
-    return f"{_origin(full, origins, source)}: {path}: {what}"
-
-
-def _origin(key: str, origins: dict[str, str], source: str) -> str:
-    """Where `key` was given: its own line or override, else the nearest key around it."""
-    while key:
-        if key in origins:
-            return origins[key]
-        key = re.sub(r"(\.[^.\[\]]*|\[[^\]]*\]|^[^.\[\]]*)$", "", key)
-    return source
-
-
-def _plain_type(wanted: str) -> str:
-    names = {"object": "a mapping", "array": "a list", "str": "text", "int": "a whole number", "float": "a number",
-             "bool": "true or false", "null": "null"}  # fmt: skip
-    return " or ".join(names.get(name.strip(), name.strip()) for name in wanted.split("|"))
-
-
-def _steps(path: str) -> list[str | int]:
-    parts = re.findall(r"[^.\[\]]+|\[\d+\]", path)
-    return [int(part[1:-1]) if part.startswith("[") else part for part in parts]
-
-
-def _value_at(tree: Any, path: str) -> Any:
-    for step in _steps(path):
-        try:
-            tree = tree[step]
-        except (KeyError, IndexError, TypeError):
-            return None
-    return tree
-
-
-def _types_at(path: str) -> list[Any]:
-    kinds: list[Any] = [Recipe]
-    for step in _steps(path):
-        inner: list[Any] = []
-        for kind in kinds:
-            if isinstance(step, int):
-                inner += typing.get_args(kind)[:1]
-            elif isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-                hint = typing.get_type_hints(kind).get(step)
-                inner += [hint] if hint is not None else []
-        kinds = [option for kind in inner for option in _options(kind)]
-    return kinds
-
-
-def _options(kind: Any) -> list[Any]:
-    """The members of a union, else the type itself."""
-    if typing.get_origin(kind) in (tuple, dict, Literal) or not typing.get_args(kind):
-        return [kind]
-    return list(typing.get_args(kind))
-
-
-def _structs_at(path: str) -> list[type[msgspec.Struct]]:
-    return [kind for kind in _types_at(path) if isinstance(kind, type) and issubclass(kind, msgspec.Struct)]
-
-
-def _choices_at(path: str) -> list[str]:
-    return [
-        str(choice)
-        for kind in _types_at(path)
-        if typing.get_origin(kind) is Literal
-        for choice in typing.get_args(kind)
-    ]
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", str: "text", bool: "true or false", type(None): "empty"}
-    return names.get(type(value), f"{value!r}")
-
-
-# YAML: 1.2's numbers (2e-5 is one), lines of keys, and no key twice.
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 2e-5 as a number, as people write learning rates."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
-
-def _load_yaml(text: str, source: str) -> tuple[Any, dict[str, int]]:
-    """The value in `text`, and the line of every key in it by its path."""
-    loader = _Loader(text)
-    try:
-        root = loader.get_single_node()
-        lines: dict[str, int] = {}
-        if root is None:
-            return None, lines
-        _note_lines(root, "", lines, source)
-        return loader.construct_document(root), lines
-    except yaml.YAMLError as error:
-        raise yaml_error(error, source) from error
-    finally:
-        loader.dispose()
-
-
-def _note_lines(node: yaml.Node, path: str, lines: dict[str, int], source: str) -> None:
-    if isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            lines[f"{path}[{index}]"] = item.start_mark.line + 1
-            _note_lines(item, f"{path}[{index}]", lines, source)
-    elif isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key, value in node.value:
-            name = str(key.value)
-            line = key.start_mark.line + 1
-            if name in seen:
-                raise ConfigError(f"{source}:{line}: {name} is given twice, first in line {seen[name]}. Keep one.")
-            seen[name] = line
-            inner = f"{path}.{name}" if path else name
-            lines[inner] = line
-            _note_lines(value, inner, lines, source)
