@@ -235,6 +235,45 @@ def eval_tasks(modules: tuple[str, ...], tasks: tuple[str, ...], out: Path, **op
     return EXIT_FAILURE if run_tasks(config, out).unanswered_count else 0
 
 
+@cli.group()
+def bench() -> None:
+    """How fast a deployment serves."""
+
+
+@bench.command("serving")
+@click.argument("config", type=_FILE)
+@click.option("--out", type=_FOLDER, help="Where results go. [default: as CONFIG says]")
+@click.option("--repeats", type=int, help="[default: as CONFIG says]")
+@click.option("--length-scale", type=float, help="Multiply every length in tokens by this, in all workloads.")
+@click.option(
+    "--topology",
+    "topologies",
+    type=click.Choice(["shared", "isolated", "colocated"]),
+    multiple=True,
+    help="Only this one; repeat for several, in the order given.",
+)
+def bench_serving(config: Path, out: Path | None, topologies: tuple[str, ...], **changes: Any) -> None:
+    """Shared prefill beside stock SGLang, on agents that take turns, as CONFIG (YAML) says.
+
+    Starts each topology in turn, asks it every point, and writes results.jsonl, samples.jsonl, summary.json and the
+    paper's Figures 3 and 4. docs/benchmark.md describes CONFIG and every field.
+    """
+    from sglang_prefillshare.workloads.bench import run_benchmark
+    from sglang_prefillshare.workloads.config import load_benchmark
+
+    changes |= {"out": None if out is None else str(out), "topologies": topologies or None}
+    run_benchmark(load_benchmark(config, **changes))
+
+
+@bench.command("report")
+@click.argument("folder", type=_FOLDER)
+def bench_report(folder: Path) -> None:
+    """Write summary and plots again, from the rows in FOLDER."""
+    from sglang_prefillshare.workloads.bench import report_again
+
+    click.echo(f"written to {report_again(folder)}")
+
+
 @cli.command()
 @click.argument("recipe", type=_FILE)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")

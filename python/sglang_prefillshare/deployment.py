@@ -237,17 +237,25 @@ class Deployment:
                 options.log_dir.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ConfigError(f"cannot write logs to {options.log_dir}: {error.strerror}.") from error
-        plans, router_plan = plan_topology(
-            self._topology, ports=self._ports, options=options, is_cpu_host=not has_accelerator(), environ=os.environ
-        )
+        plans, router_plan = self._plan()
         self.workers = [Worker(plan) for plan in plans]
-        self.router = Worker(router_plan)
-        for worker in (*self.workers, self.router):
+        self.router = None if router_plan is None else Worker(router_plan)
+        for worker in self._all():
             self._observer.on_state(worker)
         concurrency = options.start_concurrency or len(os.sched_getaffinity(0))
         self._bring_up(self.workers, concurrency, options.ready_timeout_s)
-        # After the workers, whose descriptions it reads.
-        self._bring_up([self.router], 1, min(options.ready_timeout_s, ROUTER_READY_TIMEOUT_S))
+        if self.router is not None:  # after the workers, whose descriptions it reads
+            self._bring_up([self.router], 1, min(options.ready_timeout_s, ROUTER_READY_TIMEOUT_S))
+
+    def _plan(self) -> tuple[list[WorkerPlan], WorkerPlan | None]:
+        """What to run; without a router if a subclass says so."""
+        return plan_topology(
+            self._topology,
+            ports=self._ports,
+            options=self._options,
+            is_cpu_host=not has_accelerator(),
+            environ=os.environ,
+        )
 
     def wait(self) -> None:
         """Serve until a worker ends (`WorkerError`) or a stop is requested (`StopRequestedError`)."""
@@ -291,7 +299,7 @@ class Deployment:
 
     def describe(self) -> dict[str, Any]:
         """Router and workers as plain values, for programs."""
-        assert self.router is not None
+        assert self.router is not None, "only topologies with a router are described"
         return {
             "router_url": self.router_url,
             "pid": os.getpid(),
@@ -399,33 +407,65 @@ def plan_topology(
     for name, module, settings in groups:
         own_args = base_args if module is None else _decode_args(module, topology.base.model)
         for index in range(settings.workers):
-            first_port = ports.take()
-            bootstrap_port = first_port + _BOOTSTRAP if module is None else None
-            ours: dict[str, ArgValue] = {
-                "model-path": settings.model,
-                "host": WORKER_HOST,
-                "port": first_port + _HTTP,
-                "nccl-port": first_port + _NCCL,
-                **own_args,
-                **({} if bootstrap_port is None else {"disaggregation-bootstrap-port": bootstrap_port}),
-            }
-            args = {**ours, **topology.args_of(settings)}
-            is_cpu = args.get("device", "cpu" if is_cpu_host else None) == "cpu"
             plans.append(
-                WorkerPlan(
+                plan_worker(
+                    topology,
+                    settings,
                     name=name if settings.workers == 1 else f"{name}.{index}",
                     role=Role.PREFILL if module is None else Role.DECODE,
                     module=None if module is None else module.name,
-                    host=WORKER_HOST,
-                    port=first_port + _HTTP,
-                    bootstrap_port=bootstrap_port,
-                    command=(*options.worker_command, *flags_of(args)),
-                    env=_worker_env(topology, settings, index=index, is_cpu=is_cpu, environ=environ),
+                    own_args=own_args,
                     ready_paths=(WORKER_INFO_PATH, "/health"),
-                    api_key=topology.worker_api_key(settings),
+                    index=index,
+                    ports=ports,
+                    options=options,
+                    is_cpu_host=is_cpu_host,
+                    environ=environ,
                 )
             )
-    return plans, _plan_router(topology, plans, ports=ports, options=options, environ=environ)
+    return plans, plan_router(topology, plans, ports=ports, options=options, environ=environ)
+
+
+def plan_worker(
+    topology: Topology,
+    settings: WorkerSettings,
+    *,
+    name: str,
+    role: Role | None,
+    module: str | None,
+    own_args: Mapping[str, ArgValue],
+    ready_paths: tuple[str, ...],
+    index: int,
+    ports: PortBlocks,
+    options: DeploymentOptions,
+    is_cpu_host: bool,
+    environ: Mapping[str, str],
+) -> WorkerPlan:
+    """One worker of `settings`, the `index`-th: `own_args` are what it is, which the topology's args can add to."""
+    first_port = ports.take()
+    bootstrap_port = first_port + _BOOTSTRAP if role is Role.PREFILL else None
+    ours: dict[str, ArgValue] = {
+        "model-path": settings.model,
+        "host": WORKER_HOST,
+        "port": first_port + _HTTP,
+        "nccl-port": first_port + _NCCL,
+        **own_args,
+        **({} if bootstrap_port is None else {"disaggregation-bootstrap-port": bootstrap_port}),
+    }
+    args = {**ours, **topology.args_of(settings)}
+    is_cpu = args.get("device", "cpu" if is_cpu_host else None) == "cpu"
+    return WorkerPlan(
+        name=name,
+        role=role,
+        module=module,
+        host=WORKER_HOST,
+        port=first_port + _HTTP,
+        bootstrap_port=bootstrap_port,
+        command=(*options.worker_command, *flags_of(args)),
+        env=_worker_env(topology, settings, index=index, is_cpu=is_cpu, environ=environ),
+        ready_paths=ready_paths,
+        api_key=topology.worker_api_key(settings),
+    )
 
 
 def _decode_args(module: DecodeModule, base_model: str) -> dict[str, str]:
@@ -436,7 +476,7 @@ def _decode_args(module: DecodeModule, base_model: str) -> dict[str, str]:
     }
 
 
-def _plan_router(
+def plan_router(
     topology: Topology,
     workers: Sequence[WorkerPlan],
     *,
@@ -444,6 +484,7 @@ def _plan_router(
     options: DeploymentOptions,
     environ: Mapping[str, str],
 ) -> WorkerPlan:
+    """The router before `workers`. A prefill worker that belongs to one module is named with it, as decode's are."""
     router = topology.router
     if router.port and not _is_free(router.host, router.port):
         raise ConfigError(
@@ -453,7 +494,8 @@ def _plan_router(
     port = router.port or ports.take()
     command = [*options.router_command, "--host", router.host, "--port", str(port)]
     for worker in workers:
-        command += ["--prefill", worker.url] if worker.module is None else ["--decode", f"{worker.module}={worker.url}"]
+        flag = "--prefill" if worker.role is Role.PREFILL else "--decode"
+        command += [flag, worker.url if worker.module is None else f"{worker.module}={worker.url}"]
     api_key = next((worker.api_key for worker in workers if worker.api_key is not None), None)
     return WorkerPlan(
         name=ROUTER_NAME,

@@ -94,7 +94,7 @@ CPU: Final = (
     Seam(
         "sglang.srt.disaggregation.common.conn.CommonKVManager.__init__", "nixl_cpu:declare_host_memory", "before",
         ("self", "args", "disaggregation_mode", "server_args", "is_mla_backend"),
-        "NIXL would register the pool as GPU memory", "SGLang asks the pool where its memory is",
+        "NIXL would register the pool as GPU memory, and spin", "SGLang asks the pool where its memory is",
     ),
 )  # fmt: skip
 

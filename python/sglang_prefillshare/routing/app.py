@@ -44,12 +44,26 @@ class Router:
     def __init__(self, config: RouterConfig) -> None:
         self.config = config
         self.index = PrefixIndex(capacity_blocks=config.prefix_capacity_blocks)
-        self.pool = WorkerPool(config, index=self.index)
+        self.pool = self.make_pool()
         self.metrics = Metrics()
         self.calls = CallLog(size=config.call_log_size)
         self.started_at = int(time.time())
         self._dispatcher: Dispatcher | None = None
         self._session: aiohttp.ClientSession | None = None
+
+    def make_pool(self) -> WorkerPool:
+        return WorkerPool(self.config, index=self.index)
+
+    def make_dispatcher(self, session: aiohttp.ClientSession, background: asyncio.TaskGroup) -> Dispatcher:
+        return Dispatcher(
+            self.config,
+            pool=self.pool,
+            index=self.index,
+            metrics=self.metrics,
+            calls=self.calls,
+            session=session,
+            background=background,
+        )
 
     @property
     def dispatcher(self) -> Dispatcher:
@@ -73,15 +87,7 @@ class Router:
         )
         # Abort messages outlive the pollers, but not the session.
         async with session as self._session, asyncio.TaskGroup() as background, asyncio.TaskGroup() as pollers:
-            self._dispatcher = Dispatcher(
-                self.config,
-                pool=self.pool,
-                index=self.index,
-                metrics=self.metrics,
-                calls=self.calls,
-                session=self._session,
-                background=background,
-            )
+            self._dispatcher = self.make_dispatcher(self._session, background)
             tasks = [pollers.create_task(self._poll_forever(worker)) for worker in self.pool]
             try:
                 yield
@@ -302,9 +308,9 @@ class _Generation:
         await self._router.generate(self._endpoint, scope, receive, send)
 
 
-def create_app(config: RouterConfig) -> Starlette:
+def create_app(config: RouterConfig, *, router: Router | None = None) -> Starlette:
     """The router for `config`, as an ASGI app; its `state.router` is the `Router`."""
-    router = Router(config)
+    router = router or Router(config)
 
     def routes(prefix: str) -> list[Route]:
         return [

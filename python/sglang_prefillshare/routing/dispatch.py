@@ -400,7 +400,7 @@ class Dispatcher:
     def _place_prefill(
         self, call: Call, request: ClientRequest, chains: list[list[int]], instead_of: Worker | None
     ) -> None:
-        snapshots = self._pool.prefill_snapshots(chains, without=instead_of)
+        snapshots = self._pool.prefill_snapshots(request.module, chains, without=instead_of)
         if not snapshots:
             raise self._unplaced("No other prefill worker is ready.")
         decision = pick_prefill(
@@ -485,7 +485,7 @@ class Dispatcher:
         self, call: Call, request: ClientRequest, worker: Worker, leg: Leg, pairing: Pairing, base_model: str
     ) -> None:
         """Have the base prefill the prompt; its answer is drained and only its accounting is kept."""
-        body = prefill_leg_body(request, base_model=base_model, pairing=pairing)
+        body = self.prefill_body(request, base_model=base_model, pairing=pairing)
         headers = prefill_leg_headers(call.headers, module=request.module)
         call.sent_s = time.perf_counter()
         try:
@@ -502,9 +502,7 @@ class Dispatcher:
                     error = _refused_by(worker, response, answer)
                     error.is_lost = response.status >= 500 and await self._goes_silent(worker, call)
                     raise error
-                call.prefill_tokens = _count(response, PROMPT_TOKENS_HEADER)
-                call.cached_tokens = _count(response, CACHED_TOKENS_HEADER)
-                call.cross_model_cached_tokens = _count(response, CROSS_MODEL_HEADER)
+                self.account(call, response, answer)
         except (LegError, TimeoutError) as error:
             if not call.is_answered:
                 raise
@@ -512,6 +510,16 @@ class Dispatcher:
             logger.warning("%s: prefill leg of %s failed after the answer: %s", worker.label, pairing.rids[0], error)
         finally:
             call.prefill_ended.set()
+
+    def prefill_body(self, request: ClientRequest, *, base_model: str, pairing: Pairing) -> bytes:
+        """What the prefill worker is sent."""
+        return prefill_leg_body(request, base_model=base_model, pairing=pairing)
+
+    def account(self, call: Call, response: aiohttp.ClientResponse, answer: bytes) -> None:
+        """Note what the prefill leg says it found and computed."""
+        call.prefill_tokens = _count(response, PROMPT_TOKENS_HEADER)
+        call.cached_tokens = _count(response, CACHED_TOKENS_HEADER)
+        call.cross_model_cached_tokens = _count(response, CROSS_MODEL_HEADER)
 
     async def _decode_leg(
         self,

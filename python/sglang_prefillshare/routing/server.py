@@ -74,9 +74,9 @@ class RouterServer(uvicorn.Server):
         self._router.dispatcher.stop()
 
 
-def serve(config: RouterConfig) -> None:
+def serve(config: RouterConfig, *, router: Router | None = None) -> None:
     """Run the router until SIGINT or SIGTERM. Raises `ConfigError` if its address cannot be bound."""
-    server = RouterServer(create_app(config), config)
+    server = RouterServer(create_app(config, router=router), config)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     with socket.socket(family) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -265,13 +265,17 @@ class WorkerPool:
 
     # -- snapshots for the policy
 
+    def prefill_workers(self, module: str) -> Sequence[Worker]:
+        """Those that can prefill for `module`: all, since the base's KV is every module's."""
+        return self.prefill
+
     def prefill_snapshots(
-        self, chains: Sequence[Sequence[int]], *, without: Worker | None = None
+        self, module: str, chains: Sequence[Sequence[int]], *, without: Worker | None = None
     ) -> list[PrefillSnapshot]:
         """The ready prefill workers, with what the index expects each to hold of all of a request's prompts."""
         return [
             PrefillSnapshot(worker.url, worker.inflight_tokens, self._matched_tokens(worker, chains))
-            for worker in self.prefill
+            for worker in self.prefill_workers(module)
             if worker.is_ready and worker is not without
         ]
 
@@ -292,10 +296,11 @@ class WorkerPool:
     def missing(self, modules: Sequence[str] | None = None) -> list[str]:
         """What keeps requests for `modules` (default: all) from being served, in words; empty if nothing."""
         lines: list[str] = []
-        if not any(worker.is_ready for worker in self.prefill):
-            lines.append(f"no prefill worker is ready: {_reasons(self.prefill)}")
         for name in modules if modules is not None else self.decode:
-            workers = self.decode[name]
+            prefill, workers = self.prefill_workers(name), self.decode[name]
+            if not any(worker.is_ready for worker in prefill):
+                line = f"no prefill worker is ready: {_reasons(prefill)}"
+                lines += [line] if line not in lines else []
             if not any(worker.is_ready for worker in workers):
                 lines.append(f"no worker of the decode module {name!r} is ready: {_reasons(workers)}")
         return lines
@@ -312,7 +317,7 @@ class WorkerPool:
         info: WorkerInfo | None = None
         problem: str | None = None
         try:
-            async with self._get(worker, WORKER_INFO_PATH, session) as response:
+            async with self.get(worker, WORKER_INFO_PATH, session) as response:
                 status = response.status
                 if status == HTTPStatus.OK:
                     info = WorkerInfo.from_json(await response.json(content_type=None), source=worker.url)
@@ -321,15 +326,19 @@ class WorkerPool:
                 elif status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
                     problem = f"it answered {status} at {WORKER_INFO_PATH}: give the router the workers' API key"
                 else:
-                    self._missed(worker, f"answered {status} at {WORKER_INFO_PATH}")
+                    self.missed(worker, f"answered {status} at {WORKER_INFO_PATH}")
                     return
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            self._missed(worker, f"does not answer: {str(error) or type(error).__name__}")
+            self.missed(worker, f"does not answer: {str(error) or type(error).__name__}")
             return
         except WorkerError as error:
             problem = str(error)
         except ValueError as error:
             problem = f"its answer at {WORKER_INFO_PATH} is not JSON: {error}"
+        self.seen(worker, info, problem)
+
+    def seen(self, worker: Worker, info: WorkerInfo | None, problem: str | None) -> None:
+        """Note what a worker that was reached says of itself, or why it cannot be used, and judge all anew."""
         if worker.was_seen and (worker.lost is not None or info != worker.info):
             # It restarted, or its weights changed: whatever KV it held is gone.
             self._index.drop(worker.url)
@@ -342,16 +351,17 @@ class WorkerPool:
     async def metrics_page(self, worker: Worker, session: aiohttp.ClientSession) -> str | None:
         """A worker's metrics as it shows them (Prometheus text); `None` if it shows none."""
         try:
-            async with self._get(worker, WORKER_METRICS_PATH, session) as response:
+            async with self.get(worker, WORKER_METRICS_PATH, session) as response:
                 page = await response.read()
                 return page.decode("utf-8", "replace") if response.status == HTTPStatus.OK else None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             logger.debug("%s does not show its metrics: %r", worker.label, error)
             return None
 
-    def _get(
+    def get(
         self, worker: Worker, path: str, session: aiohttp.ClientSession
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        """Ask a worker something small, with our key and the polls' deadline."""
         headers = {}
         if self._config.worker_api_key is not None:
             headers["Authorization"] = f"Bearer {self._config.worker_api_key}"
@@ -368,7 +378,8 @@ class WorkerPool:
         worker.is_silent.set()
         self._judge_all()
 
-    def _missed(self, worker: Worker, why: str) -> None:
+    def missed(self, worker: Worker, why: str) -> None:
+        """Note that a worker was not reached; after some misses it is down, and its legs fail."""
         worker.misses += 1
         worker.is_silent.set()
         if worker.misses >= self._config.poll_misses_until_down or not worker.was_seen:
@@ -378,8 +389,13 @@ class WorkerPool:
             for leg in list(worker.legs):
                 leg.fail(f"The {worker.label} went down: {why}.")
 
-    def _judge_all(self) -> None:
+    def verdicts(self) -> dict[str, Verdict]:
+        """A verdict for each worker by URL, from what they said last; may change the reference."""
         self.reference, verdicts = judge([worker.observation() for worker in self], incumbent=self.reference)
+        return verdicts
+
+    def _judge_all(self) -> None:
+        verdicts = self.verdicts()
         for worker in self:
             verdict = verdicts[worker.url]
             if verdict == worker.verdict:

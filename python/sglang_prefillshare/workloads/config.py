@@ -1,0 +1,245 @@
+"""A benchmark as frozen values, parsed once from one YAML file. docs/benchmark.md describes every key.
+
+Paths are looked up beside the file first, then in the working directory.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import msgspec
+
+from sglang_prefillshare.config import resolve_model
+from sglang_prefillshare.errors import ConfigError
+from sglang_prefillshare.parsing import parse_yaml, read_yaml
+from sglang_prefillshare.workloads.presets import PresetName
+
+TopologyName = Literal["shared", "isolated", "colocated"]
+TOPOLOGIES: Final[tuple[TopologyName, ...]] = get_args(TopologyName)
+Flag = bool | int | float | str | None
+
+
+def _check(name: str, value: object, is_right: bool, wanted: str) -> None:
+    if not is_right:
+        raise ConfigError(f"{name} is {value!r}, wanted {wanted}.")
+
+
+class RandomModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A Llama of this shape with random weights: speed does not depend on what they are. Made under `folder`."""
+
+    folder: str = "out/models"
+    hidden_size: int = 512
+    intermediate_size: int = 1536
+    layers: int = 8
+    heads: int = 8
+    kv_heads: int = 2
+    vocab_size: int = 2048
+    context_length: int = 8192
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "context_length"):
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        _check("vocab_size", self.vocab_size, self.vocab_size >= 300, "300 or more")
+        _check("heads", self.heads, self.hidden_size % self.heads == 0, f"a divisor of hidden_size {self.hidden_size}")
+        _check("kv_heads", self.kv_heads, self.heads % self.kv_heads == 0, f"a divisor of heads {self.heads}")
+
+
+class Models(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which models: a base and a decode module for each agent, or all of them made at random."""
+
+    agents: tuple[str, ...] | dict[str, str]
+    base: str | None = None
+    random: RandomModel | None = None
+
+    def __post_init__(self) -> None:
+        _check("agents", self.agents, len(self.agents) >= 1, "one agent or more")
+        _check("agents", self.agents, len(set(self.agents)) == len(self.agents), "each name once")
+        if self.random is not None and (self.base is not None or isinstance(self.agents, dict)):
+            raise ConfigError(
+                "random is given with models of your own. Keep one: random with a list of agents, or base "
+                "with agents: {NAME: MODEL}."
+            )
+        if self.random is None and (self.base is None or not isinstance(self.agents, dict)):
+            raise ConfigError(
+                "agents is to be {NAME: MODEL} together with base: MODEL, or a list of names together with random: {}."
+            )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.agents)
+
+
+class Sweep(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Points: every arrival rate (sessions a second; .inf: all at once) with every cap on concurrent sessions."""
+
+    arrival_rates: tuple[float, ...]
+    max_sessions: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("arrival_rates", "max_sessions"):
+            values = getattr(self, name)
+            _check(name, list(values), len(values) > 0 and all(value > 0 for value in values), "numbers above 0")
+
+
+class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Sessions: a preset's or a trace's, and at which points they are asked."""
+
+    preset: PresetName | None = None
+    trace: str | None = None
+    name: str | None = None
+    sessions: int = 16
+    turns: int | None = None
+    length_scale: float = 1.0
+    shares_prefix: bool = True
+    answer_tokens: int | None = None
+    observation_tokens: int | None = None
+    shared_prefix_tokens: int | None = None
+    trace_arrivals: bool = False
+    sweeps: tuple[Sweep, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (self.preset is None) == (self.trace is None):
+            raise ConfigError("preset or trace is to be given, and not both.")
+        _check("sessions", self.sessions, self.sessions >= 1, "1 or more")
+        _check("turns", self.turns, self.turns is None or self.turns >= 1, "1 or more")
+        _check("length_scale", self.length_scale, 0 < self.length_scale < math.inf, "a number above 0")
+        if self.trace is not None:
+            for name in ("turns", "answer_tokens", "observation_tokens", "shared_prefix_tokens"):
+                _check(name, getattr(self, name), getattr(self, name) is None, "nothing, since the trace says it")
+        elif self.trace_arrivals:
+            raise ConfigError("trace_arrivals is true without a trace. Leave it out.")
+        _check("sweeps", list(self.sweeps), bool(self.points), "one sweep or more")
+
+    @property
+    def label(self) -> str:
+        return self.name or self.preset or Path(self.trace or "").stem
+
+    @property
+    def points(self) -> list[tuple[float, int]]:
+        """(arrival rate, cap), each once, in the order given."""
+        found = [(rate, cap) for sweep in self.sweeps for rate in sweep.arrival_rates for cap in sweep.max_sessions]
+        return list(dict.fromkeys(found))
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Deadlines, in seconds: nothing waits for ever."""
+
+    ready_s: float = 300.0
+    request_s: float = 120.0
+    point_s: float = 180.0
+    idle_s: float = 30.0
+    """After a point, for the workers to have nothing left to do."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            _check(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a number of seconds above 0")
+
+
+class Workers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many of them, and their flags. `args` go to every worker of every topology, the others to some."""
+
+    shared_prefill: int | None = None
+    args: dict[str, Flag] = {}
+    prefill_args: dict[str, Flag] = {}
+    decode_args: dict[str, Flag] = {}
+    shared_args: dict[str, Flag] = {}
+    shared_decode_args: dict[str, Flag] = {}
+    isolated_args: dict[str, Flag] = {}
+    isolated_decode_args: dict[str, Flag] = msgspec.field(
+        default_factory=lambda: {"disaggregation-decode-enable-radix-cache": True}
+    )
+    colocated_args: dict[str, Flag] = {}
+    env: dict[str, str | None] = {}
+    router_args: dict[str, Flag] = {}
+    prefill_cores: tuple[int, ...] = ()
+    decode_cores: tuple[int, ...] = ()
+    """Processor cores that the workers of a side run on, once they are ready; without, the system's choice."""
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_cores", "decode_cores"):
+            cores = getattr(self, name)
+            _check(name, list(cores), set(cores) <= os.sched_getaffinity(0), f"of {sorted(os.sched_getaffinity(0))}")
+        _check(
+            "shared_prefill", self.shared_prefill, self.shared_prefill is None or self.shared_prefill >= 1, "1 or more"
+        )
+
+    @property
+    def flags(self) -> dict[str, Flag]:
+        """What decode workers of every topology are given, spelled with dashes."""
+        return {name.replace("_", "-"): value for name, value in {**self.args, **self.decode_args}.items()}
+
+
+class Benchmark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One benchmark: which models, on which topologies, asked what, how often."""
+
+    models: Models
+    workloads: tuple[Workload, ...]
+    out: str = "out/bench/serving"
+    topologies: tuple[TopologyName, ...] = ("shared", "isolated")
+    repeats: int = 3
+    seed: int = 0
+    token_ids: tuple[int, int] | None = None
+    load_poll_s: float = 1.0
+    workers: Workers = Workers()
+    limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        _check("repeats", self.repeats, self.repeats >= 1, "1 or more")
+        _check("topologies", list(self.topologies), len(self.topologies) > 0, "one or more")
+        _check("topologies", list(self.topologies), len(set(self.topologies)) == len(self.topologies), "each once")
+        labels = [workload.label for workload in self.workloads]
+        _check("workloads", labels, len(labels) > 0, "one or more")
+        _check("workloads", labels, len(set(labels)) == len(labels), "different names: give each a name")
+        _check("load_poll_s", self.load_poll_s, self.load_poll_s > 0, "a number of seconds above 0")
+        if self.token_ids is not None:
+            low, high = self.token_ids
+            _check("token_ids", list(self.token_ids), 0 <= low < high, "[LOW, HIGH] with 0 <= LOW < HIGH")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as result files store them."""
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        return plain
+
+
+def load_benchmark(path: Path | str, **changes: Any) -> Benchmark:
+    """Read a benchmark's file. `changes` replace keys of the top level, `length_scale` that of every workload. Raises
+    `ConfigError` naming file, line and key."""
+    path = Path(path)
+    return _finish(read_yaml(path, Benchmark, what="benchmark"), str(path), path.parent, changes)
+
+
+def parse_benchmark(text: str, *, source: str = "benchmark", directory: Path = Path(), **changes: Any) -> Benchmark:
+    """The same from text."""
+    return _finish(parse_yaml(text, Benchmark, source=source, what="benchmark"), source, directory, changes)
+
+
+def _finish(benchmark: Benchmark, source: str, directory: Path, changes: dict[str, Any]) -> Benchmark:
+    try:
+        scale = changes.pop("length_scale", None)
+        workloads = tuple(_with_path(workload, directory, scale) for workload in benchmark.workloads)
+        models = benchmark.models
+        if isinstance(models.agents, dict):
+            models = msgspec.structs.replace(
+                models,
+                base=resolve_model(models.base or "", directory),
+                agents={name: resolve_model(model, directory) for name, model in models.agents.items()},
+            )
+        given = {name: value for name, value in changes.items() if value is not None}
+        return msgspec.structs.replace(benchmark, models=models, workloads=workloads, **given)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from error
+
+
+def _with_path(workload: Workload, directory: Path, scale: float | None) -> Workload:
+    given: dict[str, Any] = {} if scale is None else {"length_scale": scale}
+    if workload.trace is not None:
+        expanded = Path(workload.trace).expanduser()
+        found = [path for path in (directory / expanded, expanded) if path.exists()]
+        _check("trace", workload.trace, bool(found), "a JSONL file beside the benchmark or in the working directory")
+        given["trace"] = str(found[0].resolve())
+    return msgspec.structs.replace(workload, **given)

@@ -1,0 +1,169 @@
+"""The servers that a benchmark asks: `shared` (ours), `isolated` and `colocated` (stock SGLang), as equal as can be.
+
+    shared      N prefill workers of the base, one decode worker per model, our router
+    isolated    per model a prefill worker and a decode worker of its own, NIXL, our router picks the pair
+    colocated   per model one ordinary server, asked without a router
+
+N is the number of models unless the benchmark says otherwise, so `shared` and `isolated` have as many workers of each
+kind. Every worker has the same model shape and is given the same `args`, the size of its KV pool among them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+
+from sglang_prefillshare.config import ArgValue, DecodeModule, RouterSettings, Topology, WorkerSettings
+from sglang_prefillshare.deployment import (
+    Deployment,
+    DeploymentOptions,
+    Observer,
+    WorkerPlan,
+    has_accelerator,
+    plan_router,
+    plan_worker,
+)
+from sglang_prefillshare.protocol import Role
+from sglang_prefillshare.workloads.config import Benchmark, TopologyName, Workers
+
+PAIR_ROUTER_COMMAND: Final = (sys.executable, "-m", "sglang_prefillshare.routing.pairs")
+
+METRICS: Final[dict[str, ArgValue]] = {"enable-metrics": True, "enable-cache-report": True}
+"""What our roles turn on by themselves and stock workers must be told, so that both count, and pay for counting."""
+
+
+def topology_of(benchmark: Benchmark, name: TopologyName, models: Mapping[str, Path]) -> Topology:
+    """The topology's workers as values. The isolated and colocated ones only use `decode`, a model each."""
+    workers = benchmark.workers
+    agents = benchmark.models.names
+    prefill_count = workers.shared_prefill or len(agents)
+    own = workers.shared_args if name == "shared" else {}
+    own_decode = workers.shared_decode_args if name == "shared" else {}
+    return Topology(
+        base=WorkerSettings(
+            str(models["base"]), workers=prefill_count, args=_args(workers.args, workers.prefill_args, own)
+        ),
+        decode=tuple(
+            DecodeModule(
+                agent,
+                WorkerSettings(str(models[agent]), args=_args(workers.args, workers.decode_args, own, own_decode)),
+            )
+            for agent in agents
+        ),
+        router=RouterSettings(args=_args(workers.router_args)),
+        env=dict(workers.env),
+    )
+
+
+def make_deployment(
+    benchmark: Benchmark,
+    name: TopologyName,
+    models: Mapping[str, Path],
+    *,
+    log_dir: Path | None = None,
+    observer: Observer | None = None,
+) -> Deployment:
+    """The topology's processes, not started yet."""
+    options: dict[str, Any] = {"ready_timeout_s": benchmark.limits.ready_s, "log_dir": log_dir}
+    topology = topology_of(benchmark, name, models)
+    if name == "shared":
+        return Deployment(topology, options=DeploymentOptions(**options), observer=observer)
+    if name == "isolated":
+        pairs = DeploymentOptions(**options, router_command=PAIR_ROUTER_COMMAND)
+        return IsolatedDeployment(topology, workers=benchmark.workers, options=pairs, observer=observer)
+    return ColocatedDeployment(
+        topology, workers=benchmark.workers, options=DeploymentOptions(**options), observer=observer
+    )
+
+
+class IsolatedDeployment(Deployment):
+    """Stock disaggregation, per model: a prefill worker, a decode worker, SGLang's bootstrap, NIXL. No role of ours."""
+
+    def __init__(self, topology: Topology, *, workers: Workers, **more: Any) -> None:
+        super().__init__(topology, **more)
+        self._settings = workers
+
+    def _plan(self) -> tuple[list[WorkerPlan], WorkerPlan | None]:
+        workers = self._settings
+        plans = []
+        for module in self._topology.decode:
+            for role, own in ((Role.PREFILL, workers.prefill_args), (Role.DECODE, workers.decode_args)):
+                disaggregation: dict[str, ArgValue] = {
+                    **METRICS,
+                    "disaggregation-mode": role.value,
+                    "disaggregation-transfer-backend": "nixl",
+                }
+                extra = workers.isolated_decode_args if role is Role.DECODE else {}
+                args = _args(disaggregation, workers.args, own, workers.isolated_args, extra)
+                plans.append(self._plan_stock(module, role, f"{module.name}.{role.value}", args))
+        router = plan_router(self._topology, plans, ports=self._ports, options=self._options, environ=os.environ)
+        return plans, router
+
+    def _plan_stock(self, module: DecodeModule, role: Role | None, name: str, args: dict[str, ArgValue]) -> WorkerPlan:
+        is_cpu_host = not has_accelerator()
+        env: dict[str, str | None] = {}
+        if is_cpu_host and role is Role.DECODE:
+            args = {"disaggregation-decode-retraction-backup": "cpu_tensor", **args}  # the default calls CUDA
+        if is_cpu_host and role is Role.PREFILL:
+            # Sending a cached prefix early waits for a CUDA event.
+            env["SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX"] = "0"
+        return plan_worker(
+            self._topology,
+            WorkerSettings(module.settings.model, args=args, env=env),
+            name=name,
+            role=role,
+            module=module.name,
+            own_args={"served-model-name": module.name},
+            ready_paths=("/health",),
+            index=0,
+            ports=self._ports,
+            options=self._options,
+            is_cpu_host=is_cpu_host,
+            environ=os.environ,
+        )
+
+
+class ColocatedDeployment(IsolatedDeployment):
+    """One ordinary SGLang server per model, and no router: a client knows which model it wants."""
+
+    def _plan(self) -> tuple[list[WorkerPlan], WorkerPlan | None]:
+        workers = self._settings
+        plans = [
+            self._plan_stock(module, None, module.name, _args(METRICS, workers.args, workers.colocated_args))
+            for module in self._topology.decode
+        ]
+        return plans, None
+
+
+def urls_by_agent(deployment: Deployment, agents: tuple[str, ...]) -> dict[str, str]:
+    """Where each agent's calls go."""
+    if deployment.router is not None:
+        return dict.fromkeys(agents, deployment.router_url)
+    return {agent: deployment.worker(agent).url for agent in agents}
+
+
+def pin_workers(deployment: Deployment, workers: Workers) -> None:
+    """Keep each side on its own cores, as the paper's prefill and decode workers have GPUs of their own.
+
+    Done when all are ready, so that loading uses every core; threads that are made later inherit it.
+    """
+    cores = {Role.PREFILL: workers.prefill_cores, Role.DECODE: workers.decode_cores}
+    for worker in deployment.workers:
+        wanted = cores[worker.plan.role] if worker.plan.role is not None else ()
+        if wanted and worker.pid is not None:
+            root = psutil.Process(worker.pid)
+            for process in [root, *root.children(recursive=True)]:
+                for thread in process.threads():
+                    with contextlib.suppress(ProcessLookupError):
+                        os.sched_setaffinity(thread.id, wanted)
+
+
+def _args(*layers: Mapping[str, Any]) -> dict[str, ArgValue]:
+    """Flags of all layers, later ones winning; spelled with dashes."""
+    return {name.replace("_", "-"): value for layer in layers for name, value in layer.items()}
