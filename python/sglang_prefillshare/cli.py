@@ -128,6 +128,7 @@ def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path 
 @click.option("--load-margin-tokens", type=int, help="Prefill tokens in flight that cached prefixes are worth.")
 @click.option("--load-margin-requests", type=int, help="Requests in flight that KV kept by a decode worker is worth.")
 @click.option("--load-margin-ratio", type=float, help="Likewise, as a multiple of the least loaded worker's.")
+@click.option("--session-margin", type=int, help="Live sessions more that a cached prefix is worth to a new one.")
 @click.option("--min-prefix-tokens", type=int, help="Shorter common prefixes do not decide where a request goes.")
 @click.option(
     "--log-level",
@@ -149,7 +150,9 @@ def route(prefill: tuple[str, ...], decode: tuple[str, ...], log_level: str, **s
         modules.setdefault(name, []).append(url)
     # Defaults are the config's own, so what was not given is not passed on.
     given = {key: value for key, value in settings.items() if value is not None}
-    policy_keys = ("load_margin_tokens", "load_margin_requests", "load_margin_ratio", "min_prefix_tokens")
+    policy_keys = (
+        "load_margin_tokens", "load_margin_requests", "load_margin_ratio", "session_margin", "min_prefix_tokens",
+    )  # fmt: skip
     policy = PolicyConfig(**{key: given.pop(key) for key in policy_keys if key in given})
     config = RouterConfig(prefill=prefill, decode=modules, policy=policy, **given)
 

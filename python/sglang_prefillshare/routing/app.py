@@ -230,13 +230,14 @@ class Router:
         return JSONResponse({"router": {"version": __version__, "models": list(self.config.decode)}, **body})
 
     async def flush_cache(self, request: Request) -> Response:
-        """Flush the base's cache and every module's (under /m/<model>/ that one's), and forget the prefixes."""
+        """Flush the base's cache and every module's (under /m/<model>/ that one's); forget prefixes and sessions."""
         module = self._path_module(request)
         concerned = [*self.pool.prefill, *(w for w in self.pool if w.model is not None and module in (None, w.model))]
         workers = [worker for worker in concerned if worker.is_reachable]
         answers = await self._ask_all(workers, "POST", "/flush_cache", request)
         for worker in concerned:
             self.index.drop(worker.url)
+        self.dispatcher.forget_sessions({worker.url for worker in concerned})
         failed = [
             {"url": worker.url, "status": status, "message": answer}
             for worker, (status, answer) in zip(workers, answers, strict=True)

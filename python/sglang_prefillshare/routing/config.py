@@ -20,13 +20,15 @@ class PolicyConfig:
 
     A request leaves its session's or prefix's prefill worker only when that has more than `load_margin_tokens`
     prefill tokens in flight beyond the least loaded one, and more than `load_margin_ratio` times as many; its
-    decode worker likewise beyond `load_margin_requests` requests. A prefix counts from `min_prefix_tokens` on.
+    decode worker likewise beyond `load_margin_requests` requests. A prefix counts from `min_prefix_tokens` on. The
+    prefix's worker gets a new session only while it has at most `session_margin` more live ones than another.
     """
 
     load_margin_tokens: int = 8192
     load_margin_requests: int = 8
     load_margin_ratio: float = 1.5
     min_prefix_tokens: int = 64
+    session_margin: int = 1
 
     def __post_init__(self) -> None:
         if self.load_margin_tokens < 0:
@@ -37,6 +39,8 @@ class PolicyConfig:
             raise ConfigError(f"load_margin_ratio is {self.load_margin_ratio}, wanted 1 or more.")
         if self.min_prefix_tokens < 1:
             raise ConfigError(f"min_prefix_tokens is {self.min_prefix_tokens}, wanted 1 or more.")
+        if self.session_margin < 0:
+            raise ConfigError(f"session_margin is {self.session_margin}, wanted 0 or more.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +75,8 @@ class RouterConfig:
     max_body_bytes: int = 64 * 1024 * 1024
     call_log_size: int = 1000
     session_capacity: int = 65_536
+    session_live_s: float = 300.0
+    """A session that made no call for so long does not count for its worker any more; it still finds it again."""
     prefix_block_bytes: int = 256
     prefix_capacity_blocks: int = 65_536
     """Bound of the prefix index, for each worker."""
@@ -105,7 +111,7 @@ class RouterConfig:
             raise ConfigError(f"port is {self.port}, wanted 0 to 65535.")
         for name in (
             *("connect_timeout_s", "poll_interval_s", "poll_timeout_s", "request_timeout_s"),
-            *("drain_timeout_s", "loss_wait_s", "abort_timeout_s", "admin_timeout_s"),
+            *("drain_timeout_s", "loss_wait_s", "abort_timeout_s", "admin_timeout_s", "session_live_s"),
         ):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}, wanted a positive number of seconds.")

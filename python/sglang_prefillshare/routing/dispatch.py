@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, MutableMapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, MutableMapping, Sequence
 from typing import Any, Final
 
 import aiohttp
@@ -249,8 +249,8 @@ class Dispatcher:
         self._calls = calls
         self._session = session
         self._background = background
-        self._prefill_sessions = SessionMap(capacity=config.session_capacity)
-        self._decode_sessions = {name: SessionMap(capacity=config.session_capacity) for name in config.decode}
+        self._prefill_sessions = self._new_sessions()
+        self._decode_sessions = {name: self._new_sessions() for name in config.decode}
         self._prefill_turns = itertools.count()
         self._decode_turns = itertools.count()
         self._is_stopping = False
@@ -400,30 +400,39 @@ class Dispatcher:
     def _place_prefill(
         self, call: Call, request: ClientRequest, chains: list[list[int]], instead_of: Worker | None
     ) -> None:
-        snapshots = self._pool.prefill_snapshots(request.module, chains, without=instead_of)
+        sessions = self._prefill_sessions
+        is_new = request.session_key is not None and not sessions.is_known(request.session_key)
+        snapshots = self._pool.prefill_snapshots(
+            request.module, chains, without=instead_of, session_counts=sessions.live_counts() if is_new else {}
+        )
         if not snapshots:
             raise self._unplaced("No other prefill worker is ready.")
         decision = pick_prefill(
             snapshots,
-            session_worker=self._prefill_sessions.worker_of(request.session_key),
+            session_worker=sessions.worker_of(request.session_key),
+            is_new_session=is_new,
             turn=next(self._prefill_turns),
             config=self._config.policy,
         )
         self._metrics.decisions.labels(Role.PREFILL, decision.reason).inc()
         call.decision = decision
         call.prefill = self._pool[decision.worker]
-        self._note(decision, request, chains, self._prefill_sessions)
+        self._note(decision, request, chains, sessions)
 
     def _place_decode(
         self, call: Call, request: ClientRequest, chains: list[list[int]], instead_of: Worker | None
     ) -> None:
-        snapshots = self._pool.decode_snapshots(request.module, chains, without=instead_of)
+        sessions = self._decode_sessions[request.module]
+        is_new = request.session_key is not None and not sessions.is_known(request.session_key)
+        snapshots = self._pool.decode_snapshots(
+            request.module, chains, without=instead_of, session_counts=sessions.live_counts() if is_new else {}
+        )
         if not snapshots:
             raise self._unplaced(f"No other worker of the decode module {request.module!r} is ready.")
-        sessions = self._decode_sessions[request.module]
         decision = pick_decode(
             snapshots,
             session_worker=sessions.worker_of(request.session_key),
+            is_new_session=is_new,
             turn=next(self._decode_turns),
             config=self._config.policy,
         )
@@ -431,6 +440,14 @@ class Dispatcher:
         call.decode_decision = decision
         call.decode = self._pool[decision.worker]
         self._note(decision, request, chains, sessions)
+
+    def forget_sessions(self, workers: Collection[str]) -> None:
+        """After a flush: a session's next call is placed as if it were its first."""
+        for sessions in (self._prefill_sessions, *self._decode_sessions.values()):
+            sessions.forget(workers)
+
+    def _new_sessions(self) -> SessionMap:
+        return SessionMap(capacity=self._config.session_capacity, live_s=self._config.session_live_s)
 
     def _note(self, decision: Decision, request: ClientRequest, chains: list[list[int]], sessions: SessionMap) -> None:
         """Before the KV is there: the session's next request may come before this one is prefilled."""

@@ -16,6 +16,7 @@ class Reason(StrEnum):
     """Why a worker was chosen; each is a label of the decision counter."""
 
     SESSION = "session"
+    NEW_SESSION = "new_session"
     PREFIX = "prefix"
     LOAD = "load"
     LEAST_LOADED = "least_loaded"
@@ -23,20 +24,23 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PrefillSnapshot:
-    """A ready prefill worker as one request sees it; `matched_tokens` is what the prefix index expects it to hold."""
+    """A ready prefill worker as one request sees it: `matched_tokens` is what the prefix index expects it to hold,
+    `session_count` how many live sessions were placed on it."""
 
     url: str
     inflight_tokens: int
     matched_tokens: int
+    session_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeSnapshot:
-    """A ready decode worker of the wanted module; `matched_tokens` likewise."""
+    """A ready decode worker of the wanted module; the rest likewise."""
 
     url: str
     inflight_requests: int
     matched_tokens: int
+    session_count: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,28 +53,46 @@ class Decision:
 
 
 def pick_prefill(
-    workers: Sequence[PrefillSnapshot], *, session_worker: str | None, turn: int, config: PolicyConfig
+    workers: Sequence[PrefillSnapshot],
+    *,
+    session_worker: str | None,
+    is_new_session: bool = False,
+    turn: int,
+    config: PolicyConfig,
 ) -> Decision:
     """Prefix-locality-aware choice of the prefill worker (paper §3.3, B.1).
 
     The session's worker comes first (the paper's "maps a unique User ID to a specific prefill worker"), then the
-    worker with the longest known prefix. Deviation: the paper pins "whenever possible" without saying when not;
-    we leave a worker that is loaded beyond `config`'s margins for the least loaded one, because under a common
-    system prompt every prefix points at the same worker. `turn` rotates among equals.
+    worker with the longest known prefix. A session that is seen for the first time goes to the worker with the fewest
+    live ones instead, if the prefix's worker has more by over `config.session_margin`: under a common system prompt
+    every first call matches the same worker, whose pool the sessions would then crowd while others stay empty.
+    Deviation: the paper pins "whenever possible" without saying when not; we leave a worker that is loaded beyond
+    `config`'s margins for the least loaded one. `turn` rotates among equals.
     """
     assert workers, "the caller answers 503 when no prefill worker is ready"
-    candidates = [_Candidate(worker.url, worker.inflight_tokens, worker.matched_tokens) for worker in workers]
-    return _pick(candidates, session_worker, turn, config, load_margin=config.load_margin_tokens)
+    candidates = [
+        _Candidate(worker.url, worker.inflight_tokens, worker.matched_tokens, worker.session_count)
+        for worker in workers
+    ]
+    return _pick(candidates, session_worker, is_new_session, turn, config, load_margin=config.load_margin_tokens)
 
 
 def pick_decode(
-    workers: Sequence[DecodeSnapshot], *, session_worker: str | None, turn: int, config: PolicyConfig
+    workers: Sequence[DecodeSnapshot],
+    *,
+    session_worker: str | None,
+    is_new_session: bool = False,
+    turn: int,
+    config: PolicyConfig,
 ) -> Decision:
     """The same choice among a module's workers, which keep the base's KV of the prompts they served: what one holds
     already need not be handed to it. Load is requests in flight. The paper has one worker per module."""
     assert workers, "the caller answers 503 when no worker of the module is ready"
-    candidates = [_Candidate(worker.url, worker.inflight_requests, worker.matched_tokens) for worker in workers]
-    return _pick(candidates, session_worker, turn, config, load_margin=config.load_margin_requests)
+    candidates = [
+        _Candidate(worker.url, worker.inflight_requests, worker.matched_tokens, worker.session_count)
+        for worker in workers
+    ]
+    return _pick(candidates, session_worker, is_new_session, turn, config, load_margin=config.load_margin_requests)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +102,17 @@ class _Candidate:
     url: str
     load: int
     matched_tokens: int
+    session_count: int
 
 
 def _pick(
-    workers: Sequence[_Candidate], session_worker: str | None, turn: int, config: PolicyConfig, *, load_margin: int
+    workers: Sequence[_Candidate],
+    session_worker: str | None,
+    is_new_session: bool,
+    turn: int,
+    config: PolicyConfig,
+    *,
+    load_margin: int,
 ) -> Decision:
     preferred: _Candidate | None = None
     reason = Reason.LEAST_LOADED
@@ -96,6 +125,11 @@ def _pick(
             holders = [worker for worker in workers if worker.matched_tokens == longest]
             preferred = _least_loaded(holders, turn)
             reason = Reason.PREFIX
+    if is_new_session:
+        fewest = min(worker.session_count for worker in workers)
+        if preferred is None or preferred.session_count - fewest > config.session_margin:
+            preferred = _least_loaded([worker for worker in workers if worker.session_count == fewest], turn)
+            reason = Reason.NEW_SESSION
     if preferred is None:
         chosen = _least_loaded(workers, turn)
         return Decision(chosen.url, Reason.LEAST_LOADED, chosen.matched_tokens)

@@ -1,25 +1,50 @@
-"""Which worker each session was last sent to; the policy says when it stays there."""
+"""Which worker each session was last sent to, and how many live ones each has; the policy says what follows."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Mapping
 
 
 class SessionMap:
-    """From session key to worker URL, for one pool of workers; the session used least recently is forgotten first."""
+    """From session key to worker URL, for one pool of workers; the session used least recently is forgotten first.
 
-    def __init__(self, *, capacity: int) -> None:
+    A session is live for `live_s` seconds after its last call began.
+    """
+
+    def __init__(self, *, capacity: int, live_s: float, now: Callable[[], float] = time.monotonic) -> None:
         assert capacity > 0
         self._capacity = capacity
-        self._workers: OrderedDict[str, str] = OrderedDict()
+        self._live_s = live_s
+        self._now = now
+        self._workers: OrderedDict[str, tuple[str, float]] = OrderedDict()  # and when; in the order of that
 
     def worker_of(self, session_key: str | None) -> str | None:
-        return None if session_key is None else self._workers.get(session_key)
+        return self._workers[session_key][0] if self.is_known(session_key) and session_key is not None else None
+
+    def is_known(self, session_key: str | None) -> bool:
+        return session_key in self._workers
+
+    def forget(self, workers: Collection[str]) -> None:
+        """Forget the sessions of workers that lost their KV."""
+        for key in [key for key, (worker, _) in self._workers.items() if worker in workers]:
+            del self._workers[key]
+
+    def live_counts(self) -> Mapping[str, int]:
+        """Live sessions by worker; 0 for one that is not there."""
+        oldest = self._now() - self._live_s
+        counts: Counter[str] = Counter()
+        for worker, used_at in reversed(self._workers.values()):
+            if used_at < oldest:
+                break
+            counts[worker] += 1
+        return counts
 
     def assign(self, session_key: str | None, worker: str) -> None:
         if session_key is None:
             return
-        self._workers[session_key] = worker
+        self._workers[session_key] = (worker, self._now())
         self._workers.move_to_end(session_key)
         if len(self._workers) > self._capacity:
             self._workers.popitem(last=False)

@@ -14,6 +14,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from http import HTTPStatus
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -270,21 +271,38 @@ class WorkerPool:
         return self.prefill
 
     def prefill_snapshots(
-        self, module: str, chains: Sequence[Sequence[int]], *, without: Worker | None = None
+        self,
+        module: str,
+        chains: Sequence[Sequence[int]],
+        *,
+        without: Worker | None = None,
+        session_counts: Mapping[str, int] = MappingProxyType({}),
     ) -> list[PrefillSnapshot]:
         """The ready prefill workers, with what the index expects each to hold of all of a request's prompts."""
         return [
-            PrefillSnapshot(worker.url, worker.inflight_tokens, self._matched_tokens(worker, chains))
+            PrefillSnapshot(
+                worker.url,
+                worker.inflight_tokens,
+                self._matched_tokens(worker, chains),
+                session_counts.get(worker.url, 0),
+            )
             for worker in self.prefill_workers(module)
             if worker.is_ready and worker is not without
         ]
 
     def decode_snapshots(
-        self, module: str, chains: Sequence[Sequence[int]], *, without: Worker | None = None
+        self,
+        module: str,
+        chains: Sequence[Sequence[int]],
+        *,
+        without: Worker | None = None,
+        session_counts: Mapping[str, int] = MappingProxyType({}),
     ) -> list[DecodeSnapshot]:
         """Likewise the ready workers of a decode module."""
         return [
-            DecodeSnapshot(worker.url, len(worker.legs), self._matched_tokens(worker, chains))
+            DecodeSnapshot(
+                worker.url, len(worker.legs), self._matched_tokens(worker, chains), session_counts.get(worker.url, 0)
+            )
             for worker in self.decode[module]
             if worker.is_ready and worker is not without
         ]

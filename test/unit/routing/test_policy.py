@@ -14,21 +14,49 @@ MARGINS = {Role.PREFILL: CONFIG.load_margin_tokens, Role.DECODE: CONFIG.load_mar
 both_roles = pytest.mark.parametrize("role", list(Role))
 
 
-def pick(*workers: tuple[int, int], role: Role = Role.PREFILL, session: str | None = None, turn: int = 0):
-    """Workers as (tokens or requests in flight, matched tokens), named w0, w1, ..."""
-    rows = [(f"w{i}", load, matched) for i, (load, matched) in enumerate(workers)]
+def pick(
+    *workers: tuple[int, ...],
+    role: Role = Role.PREFILL,
+    session: str | None = None,
+    is_new: bool = False,
+    turn: int = 0,
+):
+    """Workers as (tokens or requests in flight, matched tokens, and sessions if any), named w0, w1, ..."""
+    rows = [(f"w{i}", *numbers) for i, numbers in enumerate(workers)]
     if role is Role.PREFILL:
         prefill = [PrefillSnapshot(*row) for row in rows]
-        decision = pick_prefill(prefill, session_worker=session, turn=turn, config=CONFIG)
+        decision = pick_prefill(prefill, session_worker=session, is_new_session=is_new, turn=turn, config=CONFIG)
     else:
         decode = [DecodeSnapshot(*row) for row in rows]
-        decision = pick_decode(decode, session_worker=session, turn=turn, config=CONFIG)
+        decision = pick_decode(decode, session_worker=session, is_new_session=is_new, turn=turn, config=CONFIG)
     return decision.worker, decision.reason
 
 
 @both_roles
 def test_a_session_stays_although_another_worker_matches_more(role):
     assert pick((10, 0), (0, 640), role=role, session="w0") == ("w0", Reason.SESSION)
+
+
+@both_roles
+def test_a_new_session_leaves_a_common_prefix_for_a_worker_with_fewer_sessions(role):
+    assert pick((0, 640, 1), (0, 0, 0), role=role, is_new=True) == ("w0", Reason.PREFIX)  # within the margin
+    assert pick((0, 640, 2), (0, 0, 0), role=role, is_new=True) == ("w1", Reason.NEW_SESSION)
+    assert pick((0, 640, 2), (0, 0, 0), (0, 64, 0), role=role, is_new=True) == ("w2", Reason.NEW_SESSION)
+    assert pick((0, 640, 9), (0, 0, 0), role=role) == ("w0", Reason.PREFIX)  # no session is named
+    assert pick((0, 0, 2), (0, 0, 1), role=role, is_new=True) == ("w1", Reason.NEW_SESSION)  # nobody knows the prefix
+
+
+def test_new_sessions_under_one_system_prompt_spread_over_all_workers():
+    counts, matched = [0] * 4, [0] * 4
+    for turn in range(16):
+        worker, _ = pick(*[(0, m, n) for m, n in zip(matched, counts, strict=True)], is_new=True, turn=turn)
+        counts[int(worker[1])] += 1
+        matched[int(worker[1])] = 640
+    assert max(counts) - min(counts) <= 2 and sum(counts) == 16
+
+
+def test_a_new_session_too_avoids_a_worker_that_is_loaded_beyond_the_margins():
+    assert pick((9000, 0, 0), (0, 0, 5), is_new=True) == ("w1", Reason.LOAD)
 
 
 @both_roles
