@@ -19,7 +19,7 @@ def run(script: Script, on_text: OnText, *, router_url: str) -> Iterator[Call]:
     client = openai.OpenAI(base_url=f"{router_url}/v1", api_key="unused", timeout=REQUEST_TIMEOUT_S, max_retries=0)
     messages: list[Any] = [{"role": "system", "content": script.system}]
     with client:
-        for step in script.steps():
+        for step in script.steps:
             messages.append({"role": "user", "content": step.message})
             stream = client.chat.completions.create(
                 model=step.model,

@@ -41,12 +41,11 @@ def run(
     """
     # The language cannot read a model's chat template from its folder; ChatML is what this model was trained on.
     backends = {
-        agent.model: sgl.RuntimeEndpoint(f"{router_url}/m/{agent.model}", chat_template_name="chatml")
-        for agent in script.agents
+        model: sgl.RuntimeEndpoint(f"{router_url}/m/{model}", chat_template_name="chatml") for model in script.models
     }
     first = next(iter(backends.values()))
     context = open_conversation.run(script.system, backend=first).text()
-    for step in script.steps():
+    for step in script.steps:
         state = speak.run(context, step.message, script.max_new_tokens, backend=backends[step.model], stream=True)
         for text in state.text_iter("answer"):
             on_text(text)

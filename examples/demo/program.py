@@ -6,62 +6,15 @@ agent reads the whole conversation so far, and appends its answer to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
+
+from examples.demo.requests import Request
+from examples.demo.rounds import ROLES, SYSTEM, TOLD, answer_to
 
 OnText = Callable[[str], None]
 """Is given each piece of an answer as it arrives."""
-
-
-@dataclass(frozen=True, slots=True)
-class Agent:
-    """A decode module's part: what it is asked in the first turn, and in every later one."""
-
-    model: str
-    task: str
-    task_again: str
-
-
-AGENTS: Final = (
-    Agent(
-        "planner",
-        "You are the planner. Which function of heapq solves this problem? Answer in two sentences.",
-        "You are the planner. Improve the plan. Answer in two sentences.",
-    ),
-    Agent(
-        "coder",
-        "You are the coder. Write the function in Python.",
-        "You are the coder. Write the improved function in Python.",
-    ),
-    Agent(
-        "reviewer",
-        "You are the reviewer. Is this code right? Answer in two sentences.",
-        "You are the reviewer. Is the improved code right? Answer in two sentences.",
-    ),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Script:
-    """One session: a document and a problem that every agent reads, and `turns` rounds of all agents in order."""
-
-    document: str
-    problem: str
-    turns: int = 2
-    agents: tuple[Agent, ...] = AGENTS
-    max_new_tokens: int = 40
-
-    @property
-    def system(self) -> str:
-        return f"A planner, a coder and a reviewer solve a problem together, using this document.\n\n{self.document}"
-
-    def steps(self) -> Iterator[Step]:
-        for turn in range(1, self.turns + 1):
-            for agent in self.agents:
-                told = agent.task if turn == 1 else agent.task_again
-                is_first = turn == 1 and agent is self.agents[0]
-                yield Step(turn, agent.model, f"The problem:\n\n{self.problem}\n\n{told}" if is_first else told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +24,40 @@ class Step:
     turn: int
     model: str
     message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """One session: what every agent reads first, and the calls to make, one after another."""
+
+    system: str
+    steps: tuple[Step, ...]
+    max_new_tokens: int = 48
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(step.model for step in self.steps))
+
+
+def rounds_script(requests: Sequence[Request], *, max_new_tokens: int) -> Script:
+    """A turn for each request, in which planner, coder and reviewer are asked."""
+    steps = [
+        Step(turn, role, TOLD[role].format(request=request.text))
+        for turn, request in enumerate(requests, start=1)
+        for role in ROLES
+    ]
+    return Script(SYSTEM, tuple(steps), max_new_tokens)
+
+
+def is_right(call: Call, calls: Sequence[Call], requests: Sequence[Request]) -> bool:
+    """Whether an agent said what its request wants. `calls` are those of the session.
+
+    A reviewer is right if it judges the code that the coder really wrote.
+    """
+    request = requests[call.turn - 1]
+    (code,) = (other.answer for other in calls if (other.turn, other.model) == (call.turn, "coder"))
+    (role,) = (role for role in ROLES if role == call.model)
+    return call.answer.strip() == answer_to(role, request, code=code.strip())
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +93,7 @@ class Call:
 def play(script: Script, answers: Iterator[Call], *, on_step: Callable[[Step], None]) -> list[Call]:
     """Take a client's `answers` to the script; `on_step` is told before each call is made."""
     calls: list[Call] = []
-    for step in script.steps():
+    for step in script.steps:
         on_step(step)
         calls.append(next(answers))
     return calls

@@ -2,10 +2,11 @@
 
     python examples/demo/run.py
 
-Serves SmolLM2-135M-Instruct as the base, and planner, coder and reviewer (untrained stand-ins, see `models.py`) as its
-decode modules. A program in SGLang's frontend language then lets them talk in turns about a document and a problem of
-HumanEval; a second conversation goes through the `openai` client. Prints what was reused, and lets plain Transformers
-check every token. Writes report.json and transcript.json to the folder --out; Ctrl-C ends everything at any time.
+Serves SmolLM2-135M-Instruct as the base, and planner, coder and reviewer as its decode modules, which were trained to
+read its KV (`models.py`). A program in SGLang's frontend language then lets them answer requests about lists, one after
+another; a second conversation goes through the `openai` client. Prints what was reused and how many answers are what
+the request wants, and lets plain Transformers check every token. Writes report.json and transcript.json to the folder
+--out; Ctrl-C ends everything at any time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -33,10 +35,9 @@ from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as a script, too, the demo is the package examples.demo
 
-from examples.demo.material import CHAT_PROBLEM, FRONTEND_PROBLEM, library_document, load_problem
 from examples.demo.models import BASE_NAME, prepare_models
 from examples.demo.oracle import NOISE
-from examples.demo.program import AGENTS, Call, OnText, Script, Step, play
+from examples.demo.program import Call, OnText, Script, Step, is_right, play, rounds_script
 from examples.demo.report import (
     CallFigures,
     HandoffFigures,
@@ -46,6 +47,8 @@ from examples.demo.report import (
     sessions,
     table,
 )
+from examples.demo.requests import Request, draw_request
+from examples.demo.rounds import ROLES, SYSTEM, messages_of
 from sglang_prefillshare.config import ArgValue, DecodeModule, Topology, WorkerSettings
 from sglang_prefillshare.deployment import (
     Deployment,
@@ -59,6 +62,7 @@ from sglang_prefillshare.display import Display
 from sglang_prefillshare.errors import ConfigError, PrefillShareError
 
 KV_POOL_TOKENS: Final = 16384
+REQUESTS_SEED: Final = "demo"
 RECORD_TIMEOUT_S: Final = 10.0
 EXIT_INTERRUPTED: Final = 130
 MODULE_STYLES: Final = {"planner": "cyan", "coder": "green", "reviewer": "magenta"}
@@ -81,8 +85,10 @@ class Settings:
 @click.option(
     "--models", type=click.Path(file_okay=False, path_type=Path), default=Path("out/models"), show_default=True
 )
-@click.option("--turns", type=click.IntRange(1, 20), default=2, show_default=True, help="Rounds of all agents.")
-@click.option("--max-new-tokens", type=click.IntRange(1, 512), default=40, show_default=True, help="Of each answer.")
+@click.option(
+    "--turns", type=click.IntRange(1, 20), default=3, show_default=True, help="Requests, each a round of all agents."
+)
+@click.option("--max-new-tokens", type=click.IntRange(1, 512), default=48, show_default=True, help="Of each answer.")
 @click.option(
     "--dtype",
     type=click.Choice(sorted(NOISE)),
@@ -151,15 +157,27 @@ class Interrupts:
 class Outcome:
     """What the demo found out, in the order in which it does."""
 
+    requests: dict[str, list[Request]]
     calls: list[Call] = field(default_factory=list)
     figures: list[CallFigures] = field(default_factory=list)
     handoffs: HandoffFigures = field(default_factory=HandoffFigures)
     verdicts: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def right(self) -> list[bool]:
+        """For every call, whether it said what the request wants."""
+        return [
+            is_right(call, [other for other in self.calls if other.client == call.client], self.requests[call.client])
+            for call in self.calls
+        ]
+
     def report(self, settings: Settings) -> dict[str, Any]:
         by_session = sessions(self.figures)
         return {
-            "calls": [call.to_json() for call in self.figures],
+            "calls": [
+                call.to_json() | {"is_right": is_right} for call, is_right in zip(self.figures, self.right, strict=True)
+            ],
+            "right": sum(self.right),
             "computed_prompt_tokens": sum(session.computed_prompt_tokens for session in by_session),
             "final_context_tokens": sum(session.final_context_tokens for session in by_session),
             "computed_without_sharing": computed_without_sharing(self.calls),
@@ -175,13 +193,12 @@ class Outcome:
                 }
                 for session in by_session
             },
-            "decode_modules": "untrained stand-ins",
             "config": {
                 "base": BASE_NAME,
                 "dtype": settings.dtype,
                 "turns": settings.turns,
                 "max_new_tokens": settings.max_new_tokens,
-                "problems": {"frontend": FRONTEND_PROBLEM, "openai": CHAT_PROBLEM},
+                "requests": {client: [request.text for request in own] for client, own in self.requests.items()},
             },
         }
 
@@ -191,12 +208,9 @@ def run(settings: Settings, interrupts: Interrupts, console: Console) -> int:
     began_s = time.monotonic()
     _introduce(console)
     models = prepare_models(settings.models, console=console)
-    scripts = [
-        Script(library_document(), load_problem(task).prompt, settings.turns, AGENTS, settings.max_new_tokens)
-        for task in (FRONTEND_PROBLEM, CHAT_PROBLEM)
-    ]
+    outcome = Outcome(requests=draw_requests(settings.turns))
+    scripts = [rounds_script(own, max_new_tokens=settings.max_new_tokens) for own in outcome.requests.values()]
     settings.out.mkdir(parents=True, exist_ok=True)
-    outcome = Outcome()
     with _QuietEnding(errors_only=True) as display:
         display.say("Starting base, planner, coder, reviewer and router (about a minute on two cores) ...")
         options = DeploymentOptions(log_dir=settings.out / "logs")
@@ -224,14 +238,18 @@ def run(settings: Settings, interrupts: Interrupts, console: Console) -> int:
     return _finish(outcome, models, settings, console, began_s)
 
 
+def draw_requests(turns: int) -> dict[str, list[Request]]:
+    """By client. All are of combinations that training never asked."""
+    generator = random.Random(REQUESTS_SEED)
+    return {client: [draw_request(generator, "test") for _ in range(turns)] for client in ("frontend", "openai")}
+
+
 def topology(models: Mapping[str, Path], *, dtype: str) -> Topology:
     """One base worker, one worker of each decode module, and the router, each at a free port."""
     args: dict[str, ArgValue] = {"dtype": dtype, "max-total-tokens": KV_POOL_TOKENS}
     return Topology(
         base=WorkerSettings(str(models["base"]), args=args),
-        decode=tuple(
-            DecodeModule(agent.model, WorkerSettings(str(models[agent.model]), args=args)) for agent in AGENTS
-        ),
+        decode=tuple(DecodeModule(role, WorkerSettings(str(models[role]), args=args)) for role in ROLES),
     )
 
 
@@ -261,9 +279,9 @@ def record(router_url: str, rid: str) -> Mapping[str, Any]:
 def _introduce(console: Console) -> None:
     console.print(Text("PrefillShare: one prefill, several models\n", style="bold"))
     console.print(
-        f"The base is {BASE_NAME}. The decode modules planner, coder and reviewer have weights of their own, and are "
-        "UNTRAINED STAND-INS: the base plus a small random change. They show how models share a prefill, not how well "
-        "trained ones answer.\n"
+        f"The base is {BASE_NAME}. The decode modules planner, coder and reviewer have weights of their own. They "
+        "were trained for some minutes to read the base's KV and to answer requests about lists; none of the following "
+        "combinations was among those.\n"
     )
 
 
@@ -276,10 +294,10 @@ def _converse(router_url: str, models: Mapping[str, Path], scripts: Sequence[Scr
     tokenizer = AutoTokenizer.from_pretrained(models["base"])
     show = _Speech(console)
     first, second = scripts
-    console.print(f"\nIn SGLang's frontend language, on {FRONTEND_PROBLEM}:", style="bold")
+    console.print("\nIn SGLang's frontend language:", style="bold")
     answers = frontend.run(first, show.text, router_url=router_url, tokenize=lambda text: tokenizer(text).input_ids)
     calls = play(first, answers, on_step=show.step)
-    console.print(f"\n\nThrough the openai client, streaming, on {CHAT_PROBLEM}:", style="bold")
+    console.print("\n\nThrough the openai client, streaming:", style="bold")
     calls += play(second, chat.run(second, show.text, router_url=router_url), on_step=show.step)
     return calls
 
@@ -300,6 +318,9 @@ class _Speech:
         self.text: OnText = functools.partial(console.print, end="", markup=False, soft_wrap=True)
 
     def step(self, step: Step) -> None:
+        asked, _, _ = step.message.rpartition("\n")
+        if asked:
+            self._console.print(f"\n\n{asked}", end="", markup=False)
         name = Text(f"\n[{step.model}, turn {step.turn}] ", style=MODULE_STYLES.get(step.model, ""))
         self._console.print(name, end="")
 
@@ -318,6 +339,7 @@ def _show_figures(outcome: Outcome, settings: Settings, console: Console) -> Non
             f"  {session.client}: {session.computed_prompt_tokens:,} prefilled, for a context of "
             f"{session.final_context_tokens:,} tokens at the last call"
         )
+    console.print(f"{report['right']} of {len(outcome.calls)} answers are what the request wants.")
     moved, held = (size / 1e6 for size in (outcome.handoffs.moved_bytes, outcome.handoffs.held_bytes))
     console.print(
         f"Of the KV that they read, the decode workers fetched {moved:,.0f} MB and held {held:,.0f} MB already."
@@ -389,7 +411,8 @@ def _write(path: Path, value: Any) -> None:
 
 
 def _tell_how_to_talk(router_url: str, console: Console) -> None:
-    body = json.dumps({"model": "coder", "messages": [{"role": "user", "content": "Write hello world."}]})
+    messages = messages_of(draw_requests(1)["openai"][0], code="", until="planner")
+    body = json.dumps({"model": "planner", "messages": [{"role": "system", "content": SYSTEM}, *messages]})
     console.print(
         f"\nServing at {router_url}, models planner, coder and reviewer. For example:\n\n"
         f"  curl {router_url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n\n"

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from examples.demo.oracle import Oracle
-from examples.demo.program import Agent, Call, Script, Step, play
+from examples.demo.program import Call, Script, Step, play
 from examples.demo.report import CallFigures, computed_without_sharing, figures, sessions
 from examples.demo.run import record
 from sglang_prefillshare.deployment import Deployment
@@ -22,10 +22,7 @@ from test.support import oracle as reference
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 TURNS = 4
-AGENTS = tuple(
-    Agent(name, f"You are the {name}. What do you say?", f"You are the {name}. And now?")
-    for name in ("planner", "coder", "twin")
-)
+MODELS = ("planner", "coder", "twin")
 DOCUMENT = (Path(__file__).parents[2] / "LICENSE").read_text()[1000:5500]
 
 
@@ -49,7 +46,12 @@ def demo(deployment: Deployment, models: Models) -> Demo:
     steps: list[Step] = []
 
     def script(problem: str) -> Script:
-        return Script(DOCUMENT, problem, turns=TURNS, agents=AGENTS, max_new_tokens=8)
+        steps = [
+            Step(turn, model, f"{problem} You are the {model}. What do you say?")
+            for turn in range(1, TURNS + 1)
+            for model in MODELS
+        ]
+        return Script(DOCUMENT, tuple(steps), max_new_tokens=8)
 
     first, second = script("Which are the first three primes?"), script("Which city is the capital of France?")
     answers = frontend.run(first, spoken.append, router_url=url, tokenize=lambda text: tokenizer(text).input_ids)
@@ -78,7 +80,7 @@ def first_computed(calls: list[Call]) -> Iterator[tuple[int, int]]:
 
 
 def test_the_context_is_prefilled_once_for_all_agents(demo: Demo) -> None:
-    assert len(demo.calls) == 2 * TURNS * len(AGENTS)
+    assert len(demo.calls) == 2 * TURNS * len(MODELS)
     # Here the chat template writes a first token that the frontend language does not, so each session starts anew.
     both = sessions(demo.figures)
     assert [session.client for session in both] == ["frontend", "openai"]
@@ -92,7 +94,7 @@ def test_reuse_is_counted_exactly_and_by_whose_prompt_it_was(demo: Demo) -> None
     found = [(call.cached_tokens, call.cross_model_cached_tokens) for call in demo.figures]
     assert found == list(first_computed(demo.calls))
     assert found[0] == (0, 0)
-    assert all(cross > 0 for _, cross in found[1 : TURNS * len(AGENTS)])
+    assert all(cross > 0 for _, cross in found[1 : TURNS * len(MODELS)])
 
 
 def test_times_are_measured(demo: Demo) -> None:
@@ -100,11 +102,11 @@ def test_times_are_measured(demo: Demo) -> None:
 
 
 def test_every_token_equals_the_oracle(demo: Demo, models: Models) -> None:
-    oracle = Oracle(models.base, {agent.model: getattr(models, agent.model) for agent in AGENTS})
+    oracle = Oracle(models.base, {model: getattr(models, model) for model in MODELS})
     verdicts = [oracle.check(call.to_json()) for call in demo.calls]
     assert [verdict.is_equal for verdict in verdicts] == [True] * len(demo.calls)
     errors = [verdict.log_prob_error for verdict in verdicts if verdict.log_prob_error is not None]
-    assert len(errors) == TURNS * len(AGENTS) and max(errors) < 1e-3
+    assert len(errors) == TURNS * len(MODELS) and max(errors) < 1e-3
 
     # The demo's oracle is itself right, and can say no.
     call = demo.calls[-2]

