@@ -62,7 +62,7 @@ RECIPE: Final = Path(__file__).with_suffix(".yaml")
 CARD: Final = """# {role}: a decode module of {base}
 
 A LoRA adapter (rank 4) that reads the KV of {base} (Apache-2.0) and answers as the demo's {role}: requests about lists,
-made by `examples/demo/requests.py`. It is good for nothing else.
+made by `examples/demo/exercises.py`. It is good for nothing else.
 
 Trained with `make table1`: {train_count} examples twice, cache-conditioned (eq. 7), seed 0, on one thread of an
 {device} ({seconds:.0f} s). Exact match {accuracy:.1f}% on {test_count} questions

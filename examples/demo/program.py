@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from examples.demo.requests import Request
+from examples.demo.exercises import Request
 from examples.demo.rounds import ROLES, SYSTEM, TOLD, answer_to
 
 OnText = Callable[[str], None]

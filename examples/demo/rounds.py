@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterator
 from typing import Any, Final, Literal
 
-from examples.demo.requests import Request, Split, draw_request, wrong_code
+from examples.demo.exercises import Request, Split, draw_request, wrong_code
 
 Role = Literal["planner", "coder", "reviewer"]
 ROLES: Final[tuple[Role, ...]] = ("planner", "coder", "reviewer")

@@ -35,6 +35,7 @@ from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as a script, too, the demo is the package examples.demo
 
+from examples.demo.exercises import Request, draw_request
 from examples.demo.models import BASE_NAME, prepare_models
 from examples.demo.oracle import NOISE
 from examples.demo.program import Call, OnText, Script, Step, is_right, play, rounds_script
@@ -47,7 +48,6 @@ from examples.demo.report import (
     sessions,
     table,
 )
-from examples.demo.requests import Request, draw_request
 from examples.demo.rounds import ROLES, SYSTEM, messages_of
 from sglang_prefillshare.config import ArgValue, DecodeModule, Topology, WorkerSettings
 from sglang_prefillshare.deployment import (

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from examples.demo.exercises import draw_request, wrong_code
 from examples.demo.models import ADAPTERS, BASE_NAME
 from examples.demo.oracle import common_prefix
 from examples.demo.program import Call, is_right, rounds_script
@@ -20,7 +21,6 @@ from examples.demo.report import (
     handoff_figures,
     sessions,
 )
-from examples.demo.requests import draw_request, wrong_code
 from examples.demo.rounds import ROLES, Role, examples
 from sglang_prefillshare.errors import PrefillShareError
 from sglang_prefillshare.identity.manifest import read_manifest
