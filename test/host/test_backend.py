@@ -63,7 +63,7 @@ def prefill(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[messages.Message
     manager.metadata = [np.zeros((2, 8), dtype=np.uint8)]
     manager._peers = {SESSION: backend_prefill._DecodePeer("127.0.0.1", 1)}
     manager.leases.open(ROOM)
-    manager.leases.want(ROOM, Wanted(SESSION, PAGES, 0))
+    manager.leases.want(ROOM, Wanted(SESSION, PAGES))
     return manager, sent
 
 
