@@ -158,8 +158,8 @@ def test_computing_for_ever_ends(program: str) -> None:
     "program",
     [
         "import time; time.sleep(100)",
-        "import os, time\nfor fd in range(1024):\n  try: os.close(fd)\n  except OSError: pass\ntime.sleep(100)",
-        "import os\nfor fd in range(3, 1024):\n  try:\n    while True: os.write(fd, b'x' * 999)\n  except OSError: pass",
+        "import os, time\nfor fd in range(999):\n  try: os.close(fd)\n  except OSError: pass\ntime.sleep(100)",
+        "import os\nfor fd in range(3, 999):\n  try:\n    while True: os.write(fd, b'x' * 999)\n  except OSError: pass",
     ],
 )
 def test_waiting_for_ever_ends_and_leaves_no_process(program: str) -> None:
