@@ -12,13 +12,9 @@ Running it again returns at once. A folder appears under its final name only whe
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +24,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sglang_prefillshare.errors import ConfigError
+from sglang_prefillshare.files import complete_or_absent, locked
 from sglang_prefillshare.identity.fingerprint import identify_base
 from sglang_prefillshare.identity.manifest import read_manifest
 from sglang_prefillshare.training.merge import merge
@@ -76,7 +73,7 @@ def prepare_models(out: Path, *, console: Console | None = None) -> dict[str, Pa
     """
     base = prepare_base(out, console=console)
     folders = {"base": base} | {name: out / name for name in MODULES}
-    with _locked(out / ".lock"), _progress(console) as progress:
+    with locked(out / ".lock"), _progress(console) as progress:
         task = progress.add_task("reading the base's weights", total=len(MODULES))
         identity = identify_base(base, cache_dir=out / ".cache")
         for name in MODULES:
@@ -84,7 +81,7 @@ def prepare_models(out: Path, *, console: Console | None = None) -> dict[str, Pa
             wanted = {"recipe": [RECIPE, name, weights], "made_from": identity.model_fingerprint}
             if not _is_done(out / name, wanted):
                 progress.update(task, description=f"merging {name}")
-                with _complete_or_absent(out / name) as folder:
+                with complete_or_absent(out / name) as folder:
                     merge(ADAPTERS / name, folder, base=str(base))
                     _finish(folder, wanted, (ADAPTERS / name / "README.md").read_text())
             progress.advance(task)
@@ -97,12 +94,12 @@ def prepare_base(out: Path, *, console: Console | None = None) -> Path:
     gguf = find_gguf()
     out.mkdir(parents=True, exist_ok=True)
     base = out / "base"
-    with _locked(out / ".lock"), _progress(console) as progress:
+    with locked(out / ".lock"), _progress(console) as progress:
         task = progress.add_task("reading the base's source", total=1)
         wanted = {"recipe": RECIPE, "made_from": blake3(max_threads=blake3.AUTO).update_mmap(gguf).hexdigest()}
         if not _is_done(base, wanted):
             progress.update(task, description=f"converting {BASE_NAME}")
-            with _complete_or_absent(base) as folder:
+            with complete_or_absent(base) as folder:
                 convert_base(gguf, folder)
                 _finish(folder, wanted, _BASE_CARD)
         progress.advance(task)
@@ -171,28 +168,6 @@ def _is_done(folder: Path, wanted: dict[str, Any]) -> bool:
 def _finish(folder: Path, wanted: dict[str, Any], card: str) -> None:
     (folder / "README.md").write_text(card)
     (folder / MARKER).write_text(json.dumps(wanted, indent=2) + "\n")
-
-
-@contextmanager
-def _complete_or_absent(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its final name on success and is removed on failure."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-    partial.mkdir()
-    try:
-        yield partial
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # released when the file is closed, also by a kill
-        yield
 
 
 def _progress(console: Console | None) -> Progress:

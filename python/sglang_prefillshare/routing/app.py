@@ -41,29 +41,18 @@ connection is lost."""
 class Router:
     """The state that the endpoints share. `running()` must be entered before requests are served."""
 
+    pool_type: type[WorkerPool] = WorkerPool
+    dispatcher_type: type[Dispatcher] = Dispatcher
+
     def __init__(self, config: RouterConfig) -> None:
         self.config = config
         self.index = PrefixIndex(capacity_blocks=config.prefix_capacity_blocks)
-        self.pool = self.make_pool()
+        self.pool = self.pool_type(config, index=self.index)
         self.metrics = Metrics()
         self.calls = CallLog(size=config.call_log_size)
         self.started_at = int(time.time())
         self._dispatcher: Dispatcher | None = None
         self._session: aiohttp.ClientSession | None = None
-
-    def make_pool(self) -> WorkerPool:
-        return WorkerPool(self.config, index=self.index)
-
-    def make_dispatcher(self, session: aiohttp.ClientSession, background: asyncio.TaskGroup) -> Dispatcher:
-        return Dispatcher(
-            self.config,
-            pool=self.pool,
-            index=self.index,
-            metrics=self.metrics,
-            calls=self.calls,
-            session=session,
-            background=background,
-        )
 
     @property
     def dispatcher(self) -> Dispatcher:
@@ -87,7 +76,15 @@ class Router:
         )
         # Abort messages outlive the pollers, but not the session.
         async with session as self._session, asyncio.TaskGroup() as background, asyncio.TaskGroup() as pollers:
-            self._dispatcher = self.make_dispatcher(self._session, background)
+            self._dispatcher = self.dispatcher_type(
+                self.config,
+                pool=self.pool,
+                index=self.index,
+                metrics=self.metrics,
+                calls=self.calls,
+                session=self._session,
+                background=background,
+            )
             tasks = [pollers.create_task(self._poll_forever(worker)) for worker in self.pool]
             try:
                 yield

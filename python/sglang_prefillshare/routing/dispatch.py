@@ -401,7 +401,7 @@ class Dispatcher:
         self, call: Call, request: ClientRequest, chains: list[list[int]], instead_of: Worker | None
     ) -> None:
         sessions = self._prefill_sessions
-        is_new = request.session_key is not None and not sessions.is_known(request.session_key)
+        is_new = sessions.is_new(request.session_key)
         snapshots = self._pool.prefill_snapshots(
             request.module, chains, without=instead_of, session_counts=sessions.live_counts() if is_new else {}
         )
@@ -423,7 +423,7 @@ class Dispatcher:
         self, call: Call, request: ClientRequest, chains: list[list[int]], instead_of: Worker | None
     ) -> None:
         sessions = self._decode_sessions[request.module]
-        is_new = request.session_key is not None and not sessions.is_known(request.session_key)
+        is_new = sessions.is_new(request.session_key)
         snapshots = self._pool.decode_snapshots(
             request.module, chains, without=instead_of, session_counts=sessions.live_counts() if is_new else {}
         )

@@ -10,7 +10,6 @@ through it costs the same on both sides.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -142,20 +141,8 @@ class PairRouter(Router):
     """Serves `PairsConfig`."""
 
     config: PairsConfig
-
-    def make_pool(self) -> WorkerPool:
-        return PairPool(self.config, index=self.index)
-
-    def make_dispatcher(self, session: aiohttp.ClientSession, background: asyncio.TaskGroup) -> Dispatcher:
-        return PairDispatcher(
-            self.config,
-            pool=self.pool,
-            index=self.index,
-            metrics=self.metrics,
-            calls=self.calls,
-            session=session,
-            background=background,
-        )
+    pool_type = PairPool
+    dispatcher_type = PairDispatcher
 
 
 @click.command(help="Route to stock prefill and decode workers, a pair or more for each model.")

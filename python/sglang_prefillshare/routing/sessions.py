@@ -21,10 +21,12 @@ class SessionMap:
         self._workers: OrderedDict[str, tuple[str, float]] = OrderedDict()  # and when; in the order of that
 
     def worker_of(self, session_key: str | None) -> str | None:
-        return self._workers[session_key][0] if self.is_known(session_key) and session_key is not None else None
+        found = None if session_key is None else self._workers.get(session_key)
+        return None if found is None else found[0]
 
-    def is_known(self, session_key: str | None) -> bool:
-        return session_key in self._workers
+    def is_new(self, session_key: str | None) -> bool:
+        """Whether a session is named that was never placed, or was forgotten."""
+        return session_key is not None and session_key not in self._workers
 
     def forget(self, workers: Collection[str]) -> None:
         """Forget the sessions of workers that lost their KV."""

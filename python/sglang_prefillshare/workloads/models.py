@@ -7,19 +7,16 @@ and one that is there already is taken as it is.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 
 from sglang_prefillshare.errors import ConfigError
+from sglang_prefillshare.files import complete_or_absent, locked
 from sglang_prefillshare.identity.fingerprint import identify_base
 from sglang_prefillshare.identity.manifest import Manifest, write_manifest
 from sglang_prefillshare.workloads.config import Models, RandomModel
@@ -47,15 +44,15 @@ def make_random_models(shape: RandomModel, agents: Sequence[str]) -> dict[str, P
     digest = hashlib.blake2b(described.encode(), digest_size=4).hexdigest()
     folder = Path(shape.folder) / f"random-{shape.layers}x{shape.hidden_size}-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / ".lock"):
+    with locked(folder / ".lock"):
         base = folder / "base"
         if not base.exists():
-            with _complete_or_absent(base) as partial:
+            with complete_or_absent(base) as partial:
                 _write_model(shape, partial, seed=shape.seed)
         for place, agent in enumerate(agents):
             module = folder / agent
             if not module.exists():
-                with _complete_or_absent(module) as partial:
+                with complete_or_absent(module) as partial:
                     _write_model(shape, partial, seed=shape.seed + 1 + place)
                     identity = identify_base(base, cache_dir=folder / ".cache")
                     write_manifest(partial, Manifest.for_base("base", identity))
@@ -131,22 +128,3 @@ def _tokenizer(vocab_size: int) -> Any:
         "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     )
     return tokenizer
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _complete_or_absent(folder: Path) -> Iterator[Path]:
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
-    partial.mkdir()
-    try:
-        yield partial
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -43,5 +43,5 @@ def test_the_sessions_of_a_worker_that_lost_its_kv_are_new_again():
     sessions.assign("a", "w0")
     sessions.assign("b", "w1")
     sessions.forget({"w0"})
-    assert not sessions.is_known("a") and sessions.worker_of("a") is None
-    assert sessions.is_known("b") and not sessions.is_known(None)
+    assert sessions.is_new("a") and sessions.worker_of("a") is None
+    assert not sessions.is_new("b") and not sessions.is_new(None)
