@@ -6,7 +6,6 @@ answers `answers.py`'s.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from sglang_prefillshare import __version__
 from sglang_prefillshare.environment import describe_environment
-from sglang_prefillshare.errors import ConfigError, PrefillShareError
+from sglang_prefillshare.errors import ConfigError
 from sglang_prefillshare.evaluation.answers import (
     Answer,
     Endpoint,
@@ -33,7 +32,7 @@ from sglang_prefillshare.evaluation.bfcl import STYLES, Style
 from sglang_prefillshare.evaluation.humaneval import Form
 from sglang_prefillshare.evaluation.tasks import DEFAULT_TASKS, Task, check_names, load_task
 from sglang_prefillshare.evaluation.verdict import Verdict
-from sglang_prefillshare.identity.canonical import replace_file
+from sglang_prefillshare.files import write_json
 from sglang_prefillshare.training.modules import DTYPES, Modules, open_modules
 from sglang_prefillshare.training.sharing_curve import wilson_interval
 
@@ -261,11 +260,7 @@ def eval_tasks(config: TasksConfig, out: Path, *, console: Console | None = None
                 highlight=False,
             )
     target = out / FILE
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        replace_file(target, json.dumps(report.to_json(), indent=2) + "\n")
-    except OSError as error:
-        raise PrefillShareError(f"cannot write {target}: {error.strerror or error}. Check the folder.") from error
+    write_json(target, report.to_json())
     console.print(f"written to {target}", soft_wrap=True, highlight=False)
     return report
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sglang_prefillshare import __version__
-from sglang_prefillshare.errors import ConfigError, IdentityError, PrefillShareError
-from sglang_prefillshare.identity.canonical import read_json_object, replace_file
+from sglang_prefillshare.errors import ConfigError, IdentityError
+from sglang_prefillshare.files import write_json
+from sglang_prefillshare.identity.canonical import read_json_object
 from sglang_prefillshare.identity.fingerprint import BaseIdentity, check_tokenizer, identify_base, read_config
 from sglang_prefillshare.identity.folder import locate_model
 from sglang_prefillshare.identity.geometry import check_same_geometry
@@ -120,7 +121,7 @@ def train_recipe(recipe: Recipe) -> TrainSummary:
     if is_main:
         if checkpoint is None:
             _claim_output(recipe, checkpoint_folder(recipe))
-            _write_json(checkpoint_folder(recipe) / RECORD, record)
+            write_json(checkpoint_folder(recipe) / RECORD, record)
         _say(_opening(recipe, identity, train_set, eval_set))
     result = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = {name: float(value) for name, value in result.metrics.items()}
@@ -143,7 +144,7 @@ def train_recipe(recipe: Recipe) -> TrainSummary:
         trainer.accelerator.end_training()
     if is_main:
         outcome = {"steps": summary.steps, "seconds": round(summary.seconds, 1), "metrics": metrics}
-        _write_json(Path(recipe.output) / RECORD, {**record, "result": outcome, "log": trainer.state.log_history})
+        write_json(Path(recipe.output) / RECORD, {**record, "result": outcome, "log": trainer.state.log_history})
     return summary
 
 
@@ -419,14 +420,6 @@ def _opening(recipe: Recipe, identity: BaseIdentity, train_set: Prepared, eval_s
         if part is not None and part.dropped.total:
             lines.append(f"dropped  {part.dropped.total} of {name}: {part.dropped.describe()}")
     return "\n".join(lines)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(value, indent=2) + "\n")
-    except OSError as error:
-        raise PrefillShareError(f"cannot write {path}: {error.strerror or error}. Check the folder.") from error
 
 
 def _say(text: str) -> None:

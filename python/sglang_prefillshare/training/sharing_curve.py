@@ -6,7 +6,6 @@ Owns the three forms of the result: table, JSON, plot. Which modules may be meas
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,8 @@ from rich.table import Table
 
 from sglang_prefillshare import __version__
 from sglang_prefillshare.environment import describe_environment
-from sglang_prefillshare.errors import ConfigError, PrefillShareError
-from sglang_prefillshare.identity.canonical import replace_file
+from sglang_prefillshare.errors import ConfigError
+from sglang_prefillshare.files import write_json
 from sglang_prefillshare.training.modules import DTYPES, open_modules
 
 if TYPE_CHECKING:
@@ -220,11 +219,7 @@ def sharing_curve(config: CurveConfig, out: Path, *, console: Console | None = N
         curve = measure(config, on_progress=tell)
     console.print(curve.table())
     target = out / "curve.json"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        replace_file(target, json.dumps(curve.to_json(), indent=2) + "\n")
-    except OSError as error:
-        raise PrefillShareError(f"cannot write {target}: {error.strerror or error}. Check the folder.") from error
+    write_json(target, curve.to_json())
     console.print(f"written to {target}", soft_wrap=True, highlight=False)
     try:
         curve.draw(out / "curve.png")
