@@ -18,6 +18,7 @@ def run(script: Script, on_text: OnText, *, router_url: str) -> Iterator[Call]:
     """Make the script's calls, one after another. An agent is the `model` of a request, all at one URL."""
     client = openai.OpenAI(base_url=f"{router_url}/v1", api_key="unused", timeout=REQUEST_TIMEOUT_S, max_retries=0)
     messages: list[Any] = [{"role": "system", "content": script.system}]
+    calls: list[Call] = []
     with client:
         for step in script.steps:
             messages.append({"role": "user", "content": step.message})
@@ -44,7 +45,7 @@ def run(script: Script, on_text: OnText, *, router_url: str) -> Iterator[Call]:
                     on_text(text)
             if ids is None:
                 raise PrefillShareError(f"{step.model} ended its stream without token ids, after {answer!r}.")
-            yield Call(
+            call = Call(
                 client=CLIENT,
                 turn=step.turn,
                 model=step.model,
@@ -53,4 +54,6 @@ def run(script: Script, on_text: OnText, *, router_url: str) -> Iterator[Call]:
                 answer_ids=tuple(ids["output_ids"][0]),
                 answer=answer,
             )
-            messages.append({"role": "assistant", "content": answer})
+            yield call
+            messages.append({"role": "assistant", "content": script.kept(step, answer, calls)})
+            calls.append(call)

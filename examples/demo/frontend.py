@@ -31,6 +31,14 @@ def open_conversation(s: Any, system: str) -> None:
     s += sgl.system(system)
 
 
+@sgl.function
+def append(s: Any, context: str, message: str, kept: str) -> None:
+    """The context with a turn whose answer is known."""
+    s += context
+    s += sgl.user(message)
+    s += sgl.assistant(kept)
+
+
 def run(
     script: Script, on_text: OnText, *, router_url: str, tokenize: Callable[[str], Sequence[int]]
 ) -> Iterator[Call]:
@@ -45,17 +53,21 @@ def run(
     }
     first = next(iter(backends.values()))
     context = open_conversation.run(script.system, backend=first).text()
+    calls: list[Call] = []
     for step in script.steps:
         state = speak.run(context, step.message, script.max_new_tokens, backend=backends[step.model], stream=True)
         for text in state.text_iter("answer"):
             on_text(text)
         if state.error() is not None:
             raise PrefillShareError(f"{step.model} did not answer the frontend program: {state.error()}")
-        yield _call(step, state, script=script, context=context, tokenize=tokenize)
-        context = state.text()
+        call = _call(step, state, context=context, tokenize=tokenize)
+        yield call
+        kept = script.kept(step, call.answer, calls)
+        context = append.run(context, step.message, kept, backend=first).text()
+        calls.append(call)
 
 
-def _call(step: Step, state: Any, *, script: Script, context: str, tokenize: Callable[[str], Sequence[int]]) -> Call:
+def _call(step: Step, state: Any, *, context: str, tokenize: Callable[[str], Sequence[int]]) -> Call:
     meta = state.get_meta_info("answer")
     reason = meta["finish_reason"]
     if reason["type"] == "abort":  # a stream that has begun cannot fail in any other way

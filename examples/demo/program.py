@@ -1,7 +1,7 @@
 """The demo's program as values: who speaks when, what each is told, and what is kept of a call.
 
 Two clients run it: `frontend.py` in SGLang's frontend language, `chat.py` through the `openai` package. In both, every
-agent reads the whole conversation so far, and appends its answer to it.
+agent reads the whole conversation so far; its answer is appended, or what the script keeps of it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from examples.demo.exercises import Request
-from examples.demo.rounds import ROLES, SYSTEM, TOLD, answer_to
+from examples.demo.rounds import ROLES, SYSTEM, TOLD, Role, answer_to, kept_of
 
 OnText = Callable[[str], None]
 """Is given each piece of an answer as it arrives."""
@@ -38,6 +38,10 @@ class Script:
     def models(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(step.model for step in self.steps))
 
+    def kept(self, step: Step, answer: str, calls: Sequence[Call]) -> str:
+        """What the conversation keeps of an answer, given the session's earlier calls; see `rounds.kept_of`."""
+        return kept_of(_role(step.model), answer, code=written_code(calls, step.turn))
+
 
 def rounds_script(requests: Sequence[Request], *, max_new_tokens: int) -> Script:
     """A turn for each request, in which planner, coder and reviewer are asked."""
@@ -49,15 +53,19 @@ def rounds_script(requests: Sequence[Request], *, max_new_tokens: int) -> Script
     return Script(SYSTEM, tuple(steps), max_new_tokens)
 
 
-def is_right(call: Call, calls: Sequence[Call], requests: Sequence[Request]) -> bool:
-    """Whether an agent said what its request wants. `calls` are those of the session.
+def is_right(call: Call, requests: Sequence[Request]) -> bool:
+    """Whether an agent said what its request wants."""
+    return call.answer.strip() == answer_to(_role(call.model), requests[call.turn - 1])
 
-    A reviewer is right if it judges the code that the coder really wrote.
-    """
-    request = requests[call.turn - 1]
-    (code,) = (other.answer for other in calls if (other.turn, other.model) == (call.turn, "coder"))
-    (role,) = (role for role in ROLES if role == call.model)
-    return call.answer.strip() == answer_to(role, request, code=code.strip())
+
+def written_code(calls: Sequence[Call], turn: int) -> str:
+    """What the coder wrote in this turn, or nothing yet."""
+    return next((call.answer for call in calls if (call.turn, call.model) == (turn, "coder")), "")
+
+
+def _role(model: str) -> Role:
+    (role,) = (role for role in ROLES if role == model)
+    return role
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """How planner, coder and reviewer take turns over one conversation: what each is told, and what it should answer.
 
-One request is one round: the planner names the steps, the coder writes the expression, the reviewer says whether it is
-right. All read the whole conversation, earlier rounds too. The demo asks and training teaches by the same messages.
+One request is one round: the planner names the steps, the coder writes the expression, the reviewer says what should
+stand there. The conversation keeps of that a verdict: a small model can write what is right, and comparing needs no
+model. All read the whole conversation, earlier rounds too. The demo asks and training teaches by the same messages.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ _EARLIER_ROUNDS: Final = (0, 0, 0, 0, 0, 0, 0, 0, 1, 2)
 Messages = list[dict[str, str]]
 
 
-def answer_to(role: Role, request: Request, *, code: str) -> str:
-    """What a role should say to a request for which the coder wrote, or should write, `code`."""
-    if role == "planner":
-        return request.plan
-    if role == "coder":
-        return request.code
-    return RIGHT if code == request.code else WRONG.format(code=request.code)
+def answer_to(role: Role, request: Request) -> str:
+    """What a role should say to a request."""
+    return request.plan if role == "planner" else request.code
+
+
+def kept_of(role: Role, answer: str, *, code: str) -> str:
+    """What the conversation keeps of an `answer`: of a reviewer's, whether it is what the coder wrote, `code`."""
+    if role != "reviewer":
+        return answer
+    return RIGHT if answer.strip() == code.strip() else WRONG.format(code=answer.strip())
 
 
 def messages_of(request: Request, *, code: str, until: Role | None = None) -> Messages:
@@ -46,7 +50,7 @@ def messages_of(request: Request, *, code: str, until: Role | None = None) -> Me
         messages.append({"role": "user", "content": TOLD[role].format(request=request.text)})
         if role == until:
             break
-        said = code if role == "coder" else answer_to(role, request, code=code)
+        said = code if role == "coder" else kept_of(role, answer_to(role, request), code=code)
         messages.append({"role": "assistant", "content": said})
     return messages
 
@@ -72,4 +76,4 @@ def examples(role: Role, split: Split, *, count: int, seed: int) -> Iterator[dic
         code = wrong_code(request, generator) if role == "reviewer" and generator.random() < 0.5 else request.code
         messages += messages_of(request, code=code, until=role)
         answered = "completion" if split == "train" else "answer"
-        yield {"prompt": messages, answered: answer_to(role, request, code=code)}
+        yield {"prompt": messages, answered: answer_to(role, request)}

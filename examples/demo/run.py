@@ -166,10 +166,7 @@ class Outcome:
     @property
     def right(self) -> list[bool]:
         """For every call, whether it said what the request wants."""
-        return [
-            is_right(call, [other for other in self.calls if other.client == call.client], self.requests[call.client])
-            for call in self.calls
-        ]
+        return [is_right(call, self.requests[call.client]) for call in self.calls]
 
     def report(self, settings: Settings) -> dict[str, Any]:
         by_session = sessions(self.figures)

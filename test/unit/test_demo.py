@@ -21,7 +21,7 @@ from examples.demo.report import (
     handoff_figures,
     sessions,
 )
-from examples.demo.rounds import ROLES, Role, examples
+from examples.demo.rounds import ROLES, Role, examples, messages_of
 from sglang_prefillshare.errors import PrefillShareError
 from sglang_prefillshare.identity.manifest import read_manifest
 
@@ -43,13 +43,32 @@ def test_every_request_is_one_round_of_all_agents_and_told_to_the_first() -> Non
     assert [requests[step.turn - 1].text in step.message for step in steps] == [True, False, False] * 2
 
 
-def test_a_reviewer_is_judged_by_the_code_that_was_really_written() -> None:
+def test_a_reviewer_says_what_should_stand_there_and_the_conversation_keeps_a_verdict() -> None:
     request = draw_request(random.Random(3), "test")
-    said = {"planner": request.plan, "coder": "sum(ws)", "reviewer": f"wrong: {request.code}"}
+    script = rounds_script([request], max_new_tokens=8)
+    said = {"planner": request.plan, "coder": f" {request.code}\n", "reviewer": request.code}
     calls = [dataclasses.replace(call(model, range(3)), answer=answer) for model, answer in said.items()]
-    assert [is_right(each, calls, [request]) for each in calls] == [True, False, True]
-    calls[1] = dataclasses.replace(calls[1], answer=f" {request.code}")
-    assert [is_right(each, calls, [request]) for each in calls] == [True, True, False]
+    assert all(is_right(each, [request]) for each in calls)
+    for step, each in zip(script.steps[:2], calls, strict=False):
+        assert script.kept(step, each.answer, calls) == each.answer
+    assert script.kept(script.steps[2], request.code, calls[:2]) == "right"
+    calls[1] = dataclasses.replace(calls[1], answer="sum(ws)")
+    assert not is_right(calls[1], [request]) and is_right(calls[2], [request])
+    assert script.kept(script.steps[2], request.code, calls[:2]) == f"wrong: {request.code}"
+
+
+def test_training_and_the_demo_keep_the_same_words_of_a_round() -> None:
+    request = draw_request(random.Random(4), "train")
+    for code in (request.code, "sum(ws)"):
+        script = rounds_script([request], max_new_tokens=8)
+        said = {"planner": request.plan, "coder": code, "reviewer": request.code}
+        calls = [dataclasses.replace(call(step.model, range(3)), answer=said[step.model]) for step in script.steps]
+        kept = [script.kept(step, said[step.model], calls) for step in script.steps]
+        trained = messages_of(request, code=code)
+        assert [message["content"] for message in trained if message["role"] == "assistant"] == kept
+        assert [message["content"] for message in trained if message["role"] == "user"] == [
+            step.message for step in script.steps
+        ]
 
 
 @pytest.mark.parametrize("role", ROLES)

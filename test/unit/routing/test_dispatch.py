@@ -672,8 +672,11 @@ def test_decode_requests_spread_over_a_modules_workers():
     async def scenario():
         async with running_system(decode={"planner": 2}) as system:
             first, second = system.decode["planner"]
-            first.behave = second.behave = "slow:0.5"
-            await asyncio.gather(*(system.chat() for _ in range(4)))
+            first.behave = second.behave = "slow:60"  # none ends before the last is placed, however slow the machine
+            calls = [asyncio.create_task(system.chat()) for _ in range(4)]
+            await until(lambda: len(first.seen) + len(second.seen) == 4)
+            for call in calls:
+                call.cancel()
             assert (len(first.seen), len(second.seen)) == (2, 2)
 
     run(scenario())

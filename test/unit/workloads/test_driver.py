@@ -137,8 +137,8 @@ def test_no_more_sessions_than_the_cap_and_later_ones_wait_in_order():
 
 def test_sessions_arrive_when_they_are_said_to():
     samples = run(Server(), [session(0), session(1)], arrivals=[0.0, 0.3])
-    assert samples.sessions[1].admitted_s >= 0.3
-    assert samples.duration_s >= 0.3
+    assert samples.sessions[1].admitted_s > 0.29  # a loop's timers may ring a millisecond early
+    assert samples.duration_s > 0.29
 
 
 def test_a_call_that_fails_ends_its_session_and_no_other():
