@@ -94,7 +94,7 @@ class Settings:
     type=click.Choice(sorted(NOISE)),
     default=lambda: "bfloat16" if has_accelerator() else "float32",
     show_default="float32, on a GPU bfloat16",
-    help="Of weights and KV. On a CPU float32 is faster, and exact enough to compare every token.",
+    help="Of weights and KV. float32 is exact enough to compare every token.",
 )
 @click.option("--keep-serving", is_flag=True, help="Go on serving afterwards, until Ctrl-C.")
 @click.pass_context

@@ -1,8 +1,10 @@
-"""Attention over a cached prefix on a CPU, for the new tokens only.
+"""Attention on a CPU: over a cached prefix for the new tokens only, and in decode without copies of copies.
 
 SGLang's `torch_native` backend pads the queries to the whole sequence and throws the prefix's rows away, so a prompt
 whose first 2,500 tokens are in the radix tree pays for the attention of 2,500 tokens again. Here the queries stay as
-many as there are new tokens. The keys, values and the arithmetic are the same.
+many as there are new tokens. In decode, where a query is one token, gathering keys and values is most of the work: here
+each row of the pool is copied once, and the heads that share it are multiplied with it together. The keys, values and
+the arithmetic are the same.
 """
 
 from __future__ import annotations
@@ -70,4 +72,48 @@ def run_sdpa_forward_extend(
             )
             output[first + start : first + end] = found.squeeze(0).movedim(1, 0)
         first += q_len
+    return output
+
+
+def run_sdpa_forward_decode(
+    original: Callable[..., torch.Tensor],
+    self: Any,
+    query: torch.Tensor,
+    output: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    encoder_lens: torch.Tensor | None = None,
+    scaling: float | None = None,
+    enable_gqa: bool = False,
+    causal: bool = False,
+    is_cross_attn: bool = False,
+    sliding_window_size: int | None = None,
+) -> torch.Tensor:
+    """Hook on `TorchNativeAttnBackend._run_sdpa_forward_decode`; shapes as there.
+
+    query, output float [requests, heads, head_dim]; caches [slots, kv_heads, head_dim]. Windows, encoders,
+    cross-attention and a pool of another dtype than the query's go to SGLang's own code.
+    """
+    has_window = sliding_window_size is not None and sliding_window_size > -1
+    is_other = not (query.dtype == k_cache.dtype == v_cache.dtype)
+    if causal or is_cross_attn or encoder_lens is not None or has_window or is_other:
+        return original(
+            self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, encoder_lens, scaling,
+            enable_gqa, causal, is_cross_attn, sliding_window_size,
+        )  # fmt: skip
+    kv_heads = k_cache.shape[1]
+    k_rows, v_rows = k_cache.flatten(1), v_cache.flatten(1)
+    grouped = query.unflatten(1, (kv_heads, -1))  # [requests, kv_heads, heads of each, head_dim]
+    found = output.unflatten(1, (kv_heads, -1))
+    for index, (row, length) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
+        slots = req_to_token[row, :length]
+        key = k_rows.index_select(0, slots).view(length, *k_cache.shape[1:])
+        value = v_rows.index_select(0, slots).view(length, *v_cache.shape[1:])
+        # All see all keys, so the heads of one group may stand where a prompt's tokens do.
+        found[index] = scaled_dot_product_attention(
+            grouped[None, index], key.transpose(0, 1)[None], value.transpose(0, 1)[None], scale=scaling
+        )[0]
     return output

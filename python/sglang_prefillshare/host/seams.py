@@ -92,6 +92,25 @@ CPU: Final = (
         "a cached prefix costs no attention of its own again", "torch_native attends for the new tokens only",
     ),
     Seam(
+        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_decode",
+        "cpu_attention:run_sdpa_forward_decode", "around",
+        (
+            "self", "query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_indices", "seq_lens",
+            "encoder_lens", "scaling", "enable_gqa", "causal", "is_cross_attn", "sliding_window_size",
+        ),
+        "decode reads each row of the pool once", "torch_native gathers rows and groups heads",
+    ),
+    Seam(
+        "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply", "cpu_linear:apply", "around",
+        ("self", "layer", "x", "bias"),
+        "float32 products take half of the time", "torch takes oneDNN for float32 where MKL is slower",
+    ),
+    Seam(
+        "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head", "cpu_linear:compute_lm_head", "around",
+        ("self", "hidden_states", "lm_head", "embedding_bias", "out"),
+        "the same for the logits", "the same",
+    ),
+    Seam(
         "sglang.srt.disaggregation.common.conn.CommonKVManager.__init__", "nixl_cpu:declare_host_memory", "before",
         ("self", "args", "disaggregation_mode", "server_args", "is_mla_backend"),
         "NIXL would register the pool as GPU memory, and spin", "SGLang asks the pool where its memory is",

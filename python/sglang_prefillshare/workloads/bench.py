@@ -79,16 +79,14 @@ class Point:
 def sessions_of(
     workload: Workload, agents: Sequence[str], *, seed: int, repeat: int, token_ids: tuple[int, int]
 ) -> list[Session]:
-    """The sessions of one repeat: other sessions in each repeat, the same on every topology and at every point."""
+    """The sessions of one repeat, as many as its largest point has: other sessions in each repeat, the same on every
+    topology, and the first of them at every point."""
     words = Words(seed=seed * 1_000_003 + repeat, token_ids=token_ids)
+    count = max(sessions for _, _, sessions in workload.points)
     if workload.trace is not None:
-        return load_trace(
-            workload.trace, agents=agents, words=words, length_scale=workload.length_scale, limit=workload.sessions
-        )
+        return load_trace(workload.trace, agents=agents, words=words, length_scale=workload.length_scale, limit=count)
     shape = shape_of(workload, agents)
-    return [
-        make_session(shape, workload=workload.label, index=index, words=words) for index in range(workload.sessions)
-    ]
+    return [make_session(shape, workload=workload.label, index=index, words=words) for index in range(count)]
 
 
 def shape_of(workload: Workload, agents: Sequence[str]) -> Shape:
@@ -276,9 +274,9 @@ class _TopologyRun:
             await self._warm_up(deployment)
             for repeat, workload in itertools.product(repeats, benchmark.workloads):
                 sessions = self._sessions(workload, repeat)
-                for rate, cap in workload.points:
+                for rate, cap, count in workload.points:
                     deployment.check()
-                    await self._point(deployment, watch, Point(workload, rate, cap, repeat), sessions, ready_s)
+                    await self._point(deployment, watch, Point(workload, rate, cap, repeat), sessions[:count], ready_s)
 
     async def _point(
         self, deployment: Deployment, watch: Watch, point: Point, sessions: Sequence[Session], ready_s: float

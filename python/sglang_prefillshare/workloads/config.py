@@ -5,6 +5,7 @@ Paths are looked up beside the file first, then in the working directory.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from pathlib import Path
@@ -75,12 +76,17 @@ class Models(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Sweep(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Points: every arrival rate (sessions a second; .inf: all at once) with every cap on concurrent sessions."""
+    """Points: every arrival rate (sessions a second; .inf: all at once) with every cap on concurrent sessions.
+
+    `sessions` is how many are run at each; the workload's number otherwise.
+    """
 
     arrival_rates: tuple[float, ...]
     max_sessions: tuple[int, ...]
+    sessions: int | None = None
 
     def __post_init__(self) -> None:
+        _check("sessions", self.sessions, self.sessions is None or self.sessions >= 1, "1 or more")
         for name in ("arrival_rates", "max_sessions"):
             values = getattr(self, name)
             _check(name, list(values), len(values) > 0 and all(value > 0 for value in values), "numbers above 0")
@@ -120,10 +126,13 @@ class Workload(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return self.name or self.preset or Path(self.trace or "").stem
 
     @property
-    def points(self) -> list[tuple[float, int]]:
-        """(arrival rate, cap), each once, in the order given."""
-        found = [(rate, cap) for sweep in self.sweeps for rate in sweep.arrival_rates for cap in sweep.max_sessions]
-        return list(dict.fromkeys(found))
+    def points(self) -> list[tuple[float, int, int]]:
+        """(arrival rate, cap, number of sessions), each rate with each cap once, in the order given."""
+        found: dict[tuple[float, int], int] = {}
+        for sweep in self.sweeps:
+            for place in itertools.product(sweep.arrival_rates, sweep.max_sessions):
+                found.setdefault(place, sweep.sessions or self.sessions)
+        return [(rate, cap, sessions) for (rate, cap), sessions in found.items()]
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -39,6 +39,12 @@ def test_sessions_depend_on_seed_and_repeat_and_not_on_where_they_run():
     assert one[0].prompt_lengths == other_repeat[0].prompt_lengths
 
 
+def test_there_are_as_many_sessions_as_the_largest_point_has():
+    few, many = (Sweep(arrival_rates=(1.0,), max_sessions=(cap,), sessions=count) for cap, count in ((1, 2), (2, 5)))
+    workload = Workload(preset="react", sessions=3, length_scale=0.1, sweeps=(few, many))
+    assert len(sessions_of(workload, AGENTS, seed=1, repeat=0, token_ids=(300, 400))) == 5
+
+
 def test_lengths_can_be_set_one_by_one_before_scaling():
     workload = Workload(
         preset="react", length_scale=0.5, answer_tokens=10, observation_tokens=0, shared_prefix_tokens=40, sweeps=SWEEP

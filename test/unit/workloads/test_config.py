@@ -18,14 +18,14 @@ workloads:
   - preset: react
     sweeps:
       - {arrival_rates: [1, 2], max_sessions: [4]}
-      - {arrival_rates: [.inf, 2], max_sessions: [4, 8]}
+      - {arrival_rates: [.inf, 2], max_sessions: [4, 8], sessions: 40}
 """
 
 
 def test_points_are_each_rate_with_each_cap_once():
     benchmark = parse_benchmark(GOOD)
     workload = benchmark.workloads[0]
-    assert workload.points == [(1.0, 4), (2.0, 4), (math.inf, 4), (math.inf, 8), (2.0, 8)]
+    assert workload.points == [(1.0, 4, 16), (2.0, 4, 16), (math.inf, 4, 40), (math.inf, 8, 40), (2.0, 8, 40)]
     assert benchmark.topologies == ("shared", "isolated") and benchmark.repeats == 3
     assert workload.label == "react" and benchmark.models.names == ("planner", "coder")
     assert benchmark.to_json()["models"]["random"]["layers"] == 2
@@ -53,6 +53,11 @@ def test_the_command_line_replaces_keys_and_is_checked_like_them():
         ),
         ("    sweeps:", "    sessions: 0\n    sweeps:", "b.yaml:6: workloads[0]: sessions is 0, wanted 1 or more"),
         ("[1, 2]", "[1, 0]", "b.yaml:7: workloads[0].sweeps[0]: arrival_rates is [1.0, 0.0], wanted numbers above 0"),
+        (
+            "[4, 8], sessions: 40",
+            "[4], sessions: 0",
+            "b.yaml:8: workloads[0].sweeps[1]: sessions is 0, wanted 1 or more",
+        ),
         ("{layers: 2}", "{layers: 2, heads: 3}", "b.yaml:3: models.random: heads is 3, wanted a divisor"),
         ("  random: {layers: 2}\n", "", "b.yaml:2: models: agents is to be {NAME: MODEL}"),
         ("  random: {layers: 2}\n", "  random: {}\n  base: x\n", "random is given with models of your own"),
