@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from sglang_prefillshare.workloads.driver import CallSample, PointSamples
 from sglang_prefillshare.workloads.session import unique_context_tokens
-from sglang_prefillshare.workloads.watch import Counters, Loads
+from sglang_prefillshare.workloads.watch import STAGE, Counters, Loads
 
 Row = dict[str, Any]
 
@@ -124,10 +124,21 @@ def server_fields(counters: Counters, loads: Loads) -> Row:
         "load_polls": loads.polls,
         "load_polls_missed": loads.misses,
         "cpu_s": {side: round(value, 2) for side, value in counters.cpu_s.items()},
+        "stage_ms": {side: stage_means(values) for side, values in counters.by_side.items()},
     }
     if counters.router.get("router_calls"):
         row["router_overhead_ms"] = 1000 * counters.router["router_overhead_s"] / counters.router["router_calls"]
     return row
+
+
+def stage_means(counters: Mapping[str, float]) -> dict[str, float]:
+    """Milliseconds that a request spent in each of a side's stages, mean of those that went through it."""
+    names = [name.removeprefix(STAGE).removesuffix("/n") for name in counters if name.endswith("/n")]
+    return {
+        name: round(1000 * counters[f"{STAGE}{name}/s"] / counters[f"{STAGE}{name}/n"], 2)
+        for name in sorted(names)
+        if counters[f"{STAGE}{name}/n"] > 0
+    }
 
 
 def _total(counters: Counters, name: str) -> float:

@@ -34,6 +34,14 @@ _WORKER_SAMPLES: Final[Mapping[str, tuple[str, Mapping[str, str]]]] = {
     "handoff_bytes": ("prefillshare_handoff_bytes_total", {"side": "decode", "source": "moved", "outcome": "ok"}),
     "handoff_s": ("prefillshare_handoff_seconds_sum", {"side": "decode", "outcome": "ok"}),
 }
+STAGE: Final = "stage/"
+"""Counters of a worker's stages are named STAGE, the stage, and "/s" (seconds) or "/n" (how often)."""
+_STAGES: Final[Mapping[str, tuple[str, str]]] = {
+    "sglang:per_stage_req_latency_seconds_sum": ("stage", "s"),
+    "sglang:per_stage_req_latency_seconds_count": ("stage", "n"),
+    "sglang:queue_time_seconds_sum": ("queue", "s"),
+    "sglang:queue_time_seconds_count": ("queue", "n"),
+}
 _ROUTER_SAMPLES: Final[Mapping[str, tuple[str, Mapping[str, str]]]] = {
     "prompt_tokens": ("prefillshare_router_prefill_tokens_total", {}),
     "cached_tokens": ("prefillshare_router_cached_tokens_total", {}),
@@ -100,8 +108,8 @@ class Watch:
         by_side: dict[str, dict[str, float]] = {}
         for worker, page in zip(deployment.workers, pages, strict=True):
             sums = by_side.setdefault(side_of(worker), dict.fromkeys(_WORKER_SAMPLES, 0.0))
-            for name, value in _pick(page, _WORKER_SAMPLES).items():
-                sums[name] += value
+            for name, value in (_pick(page, _WORKER_SAMPLES) | stages(page)).items():
+                sums[name] = sums.get(name, 0.0) + value
         router = {}
         if deployment.router is not None:
             router = _pick(await self._samples(deployment.router_url), _ROUTER_SAMPLES)
@@ -196,6 +204,18 @@ def cpu_seconds(pid: int | None) -> float:
             with contextlib.suppress(psutil.Error):
                 total += sum(process.cpu_times()[:2])
     return total
+
+
+def stages(samples: Sequence[Any]) -> dict[str, float]:
+    """SGLang's own account of where a request's time went in a worker: its stages, and `queue`, what it waited there
+    before its first forward pass."""
+    found: dict[str, float] = {}
+    for sample in samples:
+        if sample.name in _STAGES:
+            stage, unit = _STAGES[sample.name]
+            key = f"{STAGE}{sample.labels.get('stage', stage)}/{unit}"
+            found[key] = found.get(key, 0.0) + sample.value
+    return found
 
 
 def _pick(samples: Sequence[Any], wanted: Mapping[str, tuple[str, Mapping[str, str]]]) -> dict[str, float]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from sglang_prefillshare.workloads.watch import Counters, Loads, cpu_seconds
+from prometheus_client.parser import text_string_to_metric_families
+
+from sglang_prefillshare.workloads.report import stage_means
+from sglang_prefillshare.workloads.watch import Counters, Loads, cpu_seconds, stages
 
 
 def test_what_was_there_before_does_not_count():
@@ -23,3 +26,21 @@ def test_loads_keep_each_workers_peak():
 
 def test_a_process_that_is_gone_has_used_no_time():
     assert cpu_seconds(2**22 - 1) == 0.0
+
+
+def test_stages_are_sglangs_and_their_means_are_of_a_point_alone():
+    def page(forward_s: float, count: int) -> dict[str, float]:
+        name = "sglang:per_stage_req_latency_seconds"
+        text = f"""# TYPE {name} histogram
+{name}_sum{{stage="prefill_forward",tp_rank="0"}} {forward_s}
+{name}_count{{stage="prefill_forward",tp_rank="0"}} {count}
+{name}_sum{{stage="prefill_bootstrap",tp_rank="0"}} 1.0
+{name}_count{{stage="prefill_bootstrap",tp_rank="0"}} 2
+# TYPE sglang:queue_time_seconds histogram
+sglang:queue_time_seconds_sum{{tp_rank="0"}} {forward_s / 2}
+sglang:queue_time_seconds_count{{tp_rank="0"}} {count}
+"""
+        return stages([sample for family in text_string_to_metric_families(text) for sample in family.samples])
+
+    before, after = Counters({"prefill": page(1.0, 10)}, {}, {}), Counters({"prefill": page(1.5, 30)}, {}, {})
+    assert stage_means(after.since(before).by_side["prefill"]) == {"prefill_forward": 25.0, "queue": 12.5}
