@@ -7,6 +7,8 @@ writes. Requests wake it at once. Transfers over other backends cannot wake it a
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -62,4 +64,16 @@ def on_idle(original: Callable[[Any], None], self: Any) -> None:
     if waiter is None:
         waiter = IdleWaiter(self)
         self._prefill_share_idle_waiter = waiter
+        compute_in_whole_slices()
     waiter.wait(original)
+
+
+def compute_in_whole_slices() -> None:
+    """Tell the system that this thread computes: another that wakes up does not take its core in the middle of a slice.
+
+    Where workers share cores, every change of hands costs the next one its caches. The threads beside this one, which
+    take over KV and answer, stay as they are and may interrupt it.
+    """
+    if hasattr(os, "SCHED_BATCH"):
+        with contextlib.suppress(OSError):  # a sandbox may forbid it, and nothing depends on it
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
