@@ -7,8 +7,11 @@ writes. Requests wake it at once. Transfers over other backends cannot wake it a
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import os
+import platform
+import struct
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -26,6 +29,13 @@ PENDING_POLL_MS: Final = 5
 
 FOREIGN_POLL_MS: Final = 1
 """Something is pending that cannot wake us: another transfer backend, a grammar being compiled."""
+
+COMPUTE_SLICE_NS: Final = 100_000_000
+"""The longest slice that Linux grants; a decode step over some requests takes less."""
+
+_SCHED_SETATTR: Final = {"x86_64": 314, "aarch64": 274}
+_SCHED_ATTR: Final = "=IIQiIQQQ"
+"""`struct sched_attr` of sched_setattr(2): size, policy, flags, nice, priority, runtime, deadline, period."""
 
 
 class IdleWaiter:
@@ -69,11 +79,15 @@ def on_idle(original: Callable[[Any], None], self: Any) -> None:
 
 
 def compute_in_whole_slices() -> None:
-    """Tell the system that this thread computes: another that wakes up does not take its core in the middle of a slice.
+    """Tell Linux that this thread computes: others that compute wait for its slice of the core to end, which is long.
 
     Where workers share cores, every change of hands costs the next one its caches. The threads beside this one, which
     take over KV and answer, stay as they are and may interrupt it.
     """
-    if hasattr(os, "SCHED_BATCH"):
-        with contextlib.suppress(OSError):  # a sandbox may forbid it, and nothing depends on it
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    number = _SCHED_SETATTR.get(platform.machine()) if sys.platform == "linux" else None
+    if number is not None:
+        attributes = struct.pack(
+            _SCHED_ATTR, struct.calcsize(_SCHED_ATTR), os.SCHED_BATCH, 0, 0, 0, COMPUTE_SLICE_NS, 0, 0
+        )
+        # A sandbox may forbid it, a kernel before 6.12 ignores the slice, and nothing depends on either.
+        ctypes.CDLL(None).syscall(number, 0, attributes, 0)
