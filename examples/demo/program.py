@@ -40,7 +40,7 @@ class Script:
 
     def kept(self, step: Step, answer: str, calls: Sequence[Call]) -> str:
         """What the conversation keeps of an answer, given the session's earlier calls; see `rounds.kept_of`."""
-        return kept_of(_role(step.model), answer, code=written_code(calls, step.turn))
+        return kept_of(step.model, answer, code=written_code(calls, step.turn))
 
 
 def rounds_script(requests: Sequence[Request], *, max_new_tokens: int) -> Script:

@@ -36,7 +36,7 @@ def answer_to(role: Role, request: Request) -> str:
     return request.plan if role == "planner" else request.code
 
 
-def kept_of(role: Role, answer: str, *, code: str) -> str:
+def kept_of(role: str, answer: str, *, code: str) -> str:
     """What the conversation keeps of an `answer`: of a reviewer's, whether it is what the coder wrote, `code`."""
     if role != "reviewer":
         return answer

@@ -52,8 +52,7 @@ def run_sdpa_forward_extend(
     rows = zip(req_pool_indices.tolist(), seq_lens.tolist(), extend_seq_lens.tolist(), strict=True)
     for row, kv_len, q_len in rows:
         slots = req_to_token[row, :kv_len]
-        key = k_cache[slots].to(query.dtype).movedim(0, 1).unsqueeze(0)
-        value = v_cache[slots].to(query.dtype).movedim(0, 1).unsqueeze(0)
+        key, value = (_gathered(cache, slots).to(query.dtype) for cache in (k_cache, v_cache))
         block = q_len if q_len == kv_len else _QUERY_BLOCK
         for start in range(0, q_len, block):
             end = min(start + block, q_len)
@@ -105,15 +104,16 @@ def run_sdpa_forward_decode(
             enable_gqa, causal, is_cross_attn, sliding_window_size,
         )  # fmt: skip
     kv_heads = k_cache.shape[1]
-    k_rows, v_rows = k_cache.flatten(1), v_cache.flatten(1)
     grouped = query.unflatten(1, (kv_heads, -1))  # [requests, kv_heads, heads of each, head_dim]
     found = output.unflatten(1, (kv_heads, -1))
     for index, (row, length) in enumerate(zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)):
         slots = req_to_token[row, :length]
-        key = k_rows.index_select(0, slots).view(length, *k_cache.shape[1:])
-        value = v_rows.index_select(0, slots).view(length, *v_cache.shape[1:])
+        key, value = (_gathered(cache, slots) for cache in (k_cache, v_cache))
         # All see all keys, so the heads of one group may stand where a prompt's tokens do.
-        found[index] = scaled_dot_product_attention(
-            grouped[None, index], key.transpose(0, 1)[None], value.transpose(0, 1)[None], scale=scaling
-        )[0]
+        found[index] = scaled_dot_product_attention(grouped[None, index], key, value, scale=scaling)[0]
     return output
+
+
+def _gathered(cache: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """The rows of a pool [slots, kv_heads, dim] as attention wants them, [1, kv_heads, rows, dim]; each copied once."""
+    return cache.flatten(1).index_select(0, slots).unflatten(1, cache.shape[1:]).transpose(0, 1)[None]
