@@ -46,7 +46,8 @@ def main(repeats: int) -> None:
     show("attention of new tokens over a cached prefix, float32", extend(), repeats, 2e-6)
     show("attention of decode, float32", decode(torch.float32), repeats, 2e-6)
     show("attention of decode, bfloat16", decode(torch.bfloat16), repeats, 1e-2)
-    show("a layer's four products, float32", linear(), repeats, 1e-4)
+    show("products with weights, float32", linear(torch.float32), repeats, 1e-4)
+    show("products with weights, bfloat16", linear(torch.bfloat16), repeats, 2e-2)
 
 
 def show(title: str, cases: Iterator[Case], repeats: int, tolerance: float) -> None:
@@ -89,7 +90,7 @@ def decode(dtype: torch.dtype) -> Iterator[Case]:
         yield f"{requests} of {length} tokens", then(theirs, wanted), then(ours, found)
 
 
-def linear() -> Iterator[Case]:
+def linear(dtype: torch.dtype) -> Iterator[Case]:
     shapes = (
         (HIDDEN + 2 * KV_HEADS * HEAD_DIM, HIDDEN),
         (HIDDEN, HIDDEN),
@@ -97,13 +98,13 @@ def linear() -> Iterator[Case]:
         (HIDDEN, INTERMEDIATE),
     )
     # Of 30 layers, as in the model: the weights come from memory and not from the cache of the call before.
-    layers = [[SimpleNamespace(weight=torch.randn(shape) * 0.02) for shape in shapes] for _ in range(30)]
+    layers = [[SimpleNamespace(weight=torch.randn(shape).to(dtype) * 0.02) for shape in shapes] for _ in range(30)]
 
     def plain(_self: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return torch.nn.functional.linear(x, layer.weight, bias)
 
     for tokens in TOKENS:
-        inputs = {width: torch.randn(tokens, width) for width in (HIDDEN, INTERMEDIATE)}
+        inputs = {width: torch.randn(tokens, width).to(dtype) for width in (HIDDEN, INTERMEDIATE)}
 
         def run(function: Callable[..., torch.Tensor], inputs: dict[int, torch.Tensor] = inputs) -> torch.Tensor:
             found = [function(None, each, inputs[each.weight.shape[1]], None) for layer in layers for each in layer]

@@ -18,6 +18,9 @@ from torch.nn.functional import scaled_dot_product_attention
 _QUERY_BLOCK: Final = 512
 """Rows of the causal mask that are built at a time; bounds its memory for long prompts."""
 
+_FOLDED_ROWS: Final = 128
+"""From about three times as many new tokens on, folding heads into rows gains nothing."""
+
 
 def run_sdpa_forward_extend(
     original: Callable[..., torch.Tensor],
@@ -49,8 +52,8 @@ def run_sdpa_forward_extend(
             extend_seq_lens, encoder_lens, scaling, enable_gqa, causal, is_cross_attn, sliding_window_size,
         )  # fmt: skip
     first = 0
-    rows = zip(req_pool_indices.tolist(), seq_lens.tolist(), extend_seq_lens.tolist(), strict=True)
-    for row, kv_len, q_len in rows:
+    requests = zip(req_pool_indices.tolist(), seq_lens.tolist(), extend_seq_lens.tolist(), strict=True)
+    for row, kv_len, q_len in requests:
         slots = req_to_token[row, :kv_len]
         key, value = (_gathered(cache, slots).to(query.dtype) for cache in (k_cache, v_cache))
         block = q_len if q_len == kv_len else _QUERY_BLOCK
@@ -60,18 +63,37 @@ def run_sdpa_forward_extend(
             mask = None
             if q_len != kv_len:
                 mask = torch.ones(end - start, seen, dtype=torch.bool).tril(diagonal=seen - (end - start))
-            found = scaled_dot_product_attention(
-                query[first + start : first + end].movedim(0, 1).unsqueeze(0),
-                key[:, :, :seen],
-                value[:, :, :seen],
-                attn_mask=mask,
-                is_causal=mask is None,
-                enable_gqa=enable_gqa,
-                scale=scaling,
-            )
-            output[first + start : first + end] = found.squeeze(0).movedim(1, 0)
+            rows = slice(first + start, first + end)
+            output[rows] = _attend(query[rows], key[:, :, :seen], value[:, :, :seen], mask, scaling, enable_gqa)
         first += q_len
     return output
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    enable_gqa: bool,
+) -> torch.Tensor:
+    """query [rows, heads, dim], keys and values [1, kv_heads, seen, dim], mask bool [rows, seen] or None for a causal
+    one; returns [rows, heads, dim].
+
+    For few rows, preparing keys is what costs: then the heads of one group stand below one another as further rows, so
+    that their keys are prepared once.
+    """
+    kv_heads, rows = key.shape[1], query.shape[0]
+    if not enable_gqa or mask is None or rows > _FOLDED_ROWS:
+        found = scaled_dot_product_attention(
+            query.movedim(0, 1)[None], key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=enable_gqa,
+            scale=scaling,
+        )  # fmt: skip
+        return found[0].movedim(1, 0)
+    group = query.shape[1] // kv_heads
+    folded = query.unflatten(1, (kv_heads, group)).movedim(0, 2).flatten(1, 2)
+    found = scaled_dot_product_attention(folded[None], key, value, attn_mask=mask.repeat(group, 1), scale=scaling)
+    return found[0].unflatten(1, (group, rows)).flatten(0, 1).movedim(1, 0)
 
 
 def run_sdpa_forward_decode(

@@ -103,12 +103,17 @@ CPU: Final = (
     Seam(
         "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply", "cpu_linear:apply", "around",
         ("self", "layer", "x", "bias"),
-        "float32 products take half of the time", "torch takes oneDNN for float32 where MKL is slower",
+        "products take half of the time", "SGLang packs weights for a CPU without sgl_kernel",
     ),
     Seam(
         "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head", "cpu_linear:compute_lm_head", "around",
         ("self", "hidden_states", "lm_head", "embedding_bias", "out"),
         "the same for the logits", "the same",
+    ),
+    Seam(
+        "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater._assert_weight_cache_inactive",
+        "cpu_linear:forget_packed", "before", ("self", "op"),
+        "weights that are updated in place are packed again", "the same",
     ),
     Seam(
         "sglang.srt.disaggregation.common.conn.CommonKVManager.__init__", "nixl_cpu:declare_host_memory", "before",

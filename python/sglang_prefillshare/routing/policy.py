@@ -65,7 +65,9 @@ def pick_prefill(
     The session's worker comes first (the paper's "maps a unique User ID to a specific prefill worker"), then the
     worker with the longest known prefix. A session that is seen for the first time goes to the worker with the fewest
     live ones instead, if the prefix's worker has more by over `config.session_margin`: under a common system prompt
-    every first call matches the same worker, whose pool the sessions would then crowd while others stay empty.
+    every first call matches the same worker, whose pool the sessions would then crowd while others stay empty. Of
+    several that hold the prefix it takes the one with the fewest, so a large margin fills workers one after the other
+    and then evenly.
     Deviation: the paper pins "whenever possible" without saying when not; we leave a worker that is loaded beyond
     `config`'s margins for the least loaded one. `turn` rotates among equals.
     """
@@ -123,12 +125,12 @@ def _pick(
         longest = max(worker.matched_tokens for worker in workers)
         if longest >= config.min_prefix_tokens:
             holders = [worker for worker in workers if worker.matched_tokens == longest]
-            preferred = _least_loaded(holders, turn)
+            preferred = _least_loaded(_fewest_sessions(holders) if is_new_session else holders, turn)
             reason = Reason.PREFIX
     if is_new_session:
         fewest = min(worker.session_count for worker in workers)
         if preferred is None or preferred.session_count - fewest > config.session_margin:
-            preferred = _least_loaded([worker for worker in workers if worker.session_count == fewest], turn)
+            preferred = _least_loaded(_fewest_sessions(workers), turn)
             reason = Reason.NEW_SESSION
     if preferred is None:
         chosen = _least_loaded(workers, turn)
@@ -138,6 +140,11 @@ def _pick(
         chosen = _least_loaded(workers, turn)
         return Decision(chosen.url, Reason.LOAD, chosen.matched_tokens)
     return Decision(preferred.url, reason, preferred.matched_tokens)
+
+
+def _fewest_sessions(workers: Sequence[_Candidate]) -> list[_Candidate]:
+    fewest = min(worker.session_count for worker in workers)
+    return [worker for worker in workers if worker.session_count == fewest]
 
 
 def _least_loaded(workers: Sequence[_Candidate], turn: int) -> _Candidate:

@@ -165,6 +165,7 @@ class Workers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     colocated_args: dict[str, Flag] = {}
     env: dict[str, str | None] = {}
     router_args: dict[str, Flag] = {}
+    shared_router_args: dict[str, Flag] = {}
     prefill_cores: tuple[int, ...] = ()
     decode_cores: tuple[int, ...] = ()
     """Processor cores that the workers of a side run on, once they are ready; without, the system's choice."""

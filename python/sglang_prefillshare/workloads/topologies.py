@@ -45,6 +45,7 @@ def topology_of(benchmark: Benchmark, name: TopologyName, models: Mapping[str, P
     prefill_count = workers.shared_prefill or len(agents)
     own = workers.shared_args if name == "shared" else {}
     own_decode = workers.shared_decode_args if name == "shared" else {}
+    own_router = workers.shared_router_args if name == "shared" else {}
     return Topology(
         base=WorkerSettings(
             str(models["base"]), workers=prefill_count, args=_args(workers.args, workers.prefill_args, own)
@@ -56,7 +57,7 @@ def topology_of(benchmark: Benchmark, name: TopologyName, models: Mapping[str, P
             )
             for agent in agents
         ),
-        router=RouterSettings(args=_args(workers.router_args)),
+        router=RouterSettings(args=_args(workers.router_args, own_router)),
         env=dict(workers.env),
     )
 
