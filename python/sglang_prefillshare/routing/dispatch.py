@@ -475,7 +475,9 @@ class Dispatcher:
         call.worker_rids = rids
         host, port = prefill.bootstrap
         pairing = Pairing(host, port, draw_rooms(len(rids)), rids)
-        prefill_leg, decode_leg = Leg(tokens=request.prompt_tokens), Leg(tokens=request.prompt_tokens)
+        matched_tokens = call.decision.matched_tokens if call.decision is not None else 0
+        prefill_leg = Leg(tokens=max(1, request.prompt_tokens - matched_tokens))
+        decode_leg = Leg(tokens=request.prompt_tokens)
         prefill.begin(prefill_leg)
         decode.begin(decode_leg)
         try:

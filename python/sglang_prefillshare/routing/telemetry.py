@@ -120,7 +120,7 @@ class Metrics:
         )
         self.worker_inflight = gauge("worker_inflight_legs", "Legs in flight.", "role", "model", "worker")
         self.worker_inflight_tokens = gauge(
-            "worker_inflight_prefill_tokens", "Estimated prompt tokens of prefill legs in flight.", "worker"
+            "worker_inflight_prefill_tokens", "Estimated tokens that prefill legs in flight have to compute.", "worker"
         )
         self.ttft_s = histogram("ttft_seconds", "Request in to first streamed byte of decode.", _LATENCY_BUCKETS_S)
         self.e2e_s = histogram("e2e_seconds", "Request in to last byte out, if it ended ok.", _LATENCY_BUCKETS_S)

@@ -598,6 +598,32 @@ def test_load_overrides_stickiness_and_the_session_moves():
     run(scenario())
 
 
+def test_tokens_that_prefill_is_expected_to_hold_are_no_load():
+    """A long context that is in the worker's tree costs what its new tokens cost: its session has no reason to move."""
+
+    async def scenario():
+        from sglang_prefillshare.routing.config import PolicyConfig
+
+        policy = PolicyConfig(load_margin_tokens=100)
+        async with running_system(prefill=2, policy=policy) as system:
+            context = [{"role": "user", "content": "z" * 4000}]
+            await system.chat(user="s", messages=context)
+            home = next(worker for worker in system.prefill if worker.seen)
+            assert (await system.last_call())["matched_tokens"] == 0
+            home.behave = "hang"
+            again = asyncio.create_task(system.chat(user="s", messages=context))
+            await until(lambda: len(home.seen) == 2)
+            in_flight = next(worker for worker in system.router.pool.prefill if worker.legs).inflight_tokens
+            assert 0 < in_flight < 100
+            home.behave = "ok"
+            await system.chat(user="s", messages=context)
+            assert len(home.seen) == 3
+            again.cancel()
+            await asyncio.gather(again, return_exceptions=True)
+
+    run(scenario())
+
+
 def test_a_conversation_stays_on_the_decode_worker_that_holds_its_prompts():
     async def scenario():
         async with running_system(decode={"planner": 3, "coder": 2}) as system:
