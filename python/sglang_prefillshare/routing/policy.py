@@ -24,9 +24,9 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class PrefillSnapshot:
-    """A ready prefill worker as one request sees it: `inflight_tokens` is what its legs have to compute (prompts less what
-    the index expected it to hold), `matched_tokens` what the index expects it to hold of this one, `session_count`
-    how many live sessions were placed on it."""
+    """A ready prefill worker as one request sees it: `inflight_tokens` is what its legs have to compute (prompts less
+    what the index expected it to hold), `matched_tokens` what the index expects it to hold of this one,
+    `session_count` how many live sessions were placed on it."""
 
     url: str
     inflight_tokens: int
