@@ -10,7 +10,7 @@ what it gains.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Final
 
 import psutil
@@ -58,13 +58,11 @@ def compute_lm_head(
 
 
 def forget_packed(self: Any, op: str) -> None:
-    """Hook before `WeightUpdater._assert_weight_cache_inactive`, which every update of weights in place calls first."""
-    forget(self.get_model().parameters())
+    """Hook before `WeightUpdater._assert_weight_cache_inactive`, which every update of weights in place calls first.
 
-
-def forget(weights: Iterable[torch.Tensor]) -> None:
-    """Drop what was packed of `weights`; the next product packs anew."""
-    for weight in weights:
+    The next product packs anew.
+    """
+    for weight in self.get_model().parameters():
         weight.__dict__.pop(_PACKED, None)
 
 

@@ -463,7 +463,7 @@ class Dispatcher:
     async def _run_legs(self, call: Call, request: ClientRequest, receive: Receive) -> None:
         """Both legs, or neither: returns when both are complete, raises `LegError` or `ClientGoneError`."""
         prefill, decode = call.prefill, call.decode
-        assert prefill is not None and decode is not None and prefill.info is not None
+        assert prefill is not None and call.decision is not None and decode is not None and prefill.info is not None
         base_model = prefill.info.model
         call.attempts += 1
         call.abort_cause = None
@@ -475,8 +475,7 @@ class Dispatcher:
         call.worker_rids = rids
         host, port = prefill.bootstrap
         pairing = Pairing(host, port, draw_rooms(len(rids)), rids)
-        matched_tokens = call.decision.matched_tokens if call.decision is not None else 0
-        prefill_leg = Leg(tokens=max(1, request.prompt_tokens - matched_tokens))
+        prefill_leg = Leg(tokens=max(1, request.prompt_tokens - call.decision.matched_tokens))
         decode_leg = Leg(tokens=request.prompt_tokens)
         prefill.begin(prefill_leg)
         decode.begin(decode_leg)

@@ -129,9 +129,9 @@ def _pick(
             preferred = _least_loaded(_fewest_sessions(holders) if is_new_session else holders, turn)
             reason = Reason.PREFIX
     if is_new_session:
-        fewest = min(worker.session_count for worker in workers)
-        if preferred is None or preferred.session_count - fewest > config.session_margin:
-            preferred = _least_loaded(_fewest_sessions(workers), turn)
+        emptiest = _least_loaded(_fewest_sessions(workers), turn)
+        if preferred is None or preferred.session_count - emptiest.session_count > config.session_margin:
+            preferred = emptiest
             reason = Reason.NEW_SESSION
     if preferred is None:
         chosen = _least_loaded(workers, turn)

@@ -48,6 +48,15 @@ def test_a_new_session_leaves_a_common_prefix_for_a_worker_with_fewer_sessions(r
     assert pick((0, 0, 2), (0, 0, 1), role=role, is_new=True) == ("w1", Reason.NEW_SESSION)  # nobody knows the prefix
 
 
+def test_new_sessions_under_one_system_prompt_spread_over_all_workers():
+    counts, matched = [0] * 4, [0] * 4
+    for turn in range(16):
+        worker, _ = pick(*[(0, m, n) for m, n in zip(matched, counts, strict=True)], is_new=True, turn=turn)
+        counts[int(worker[1])] += 1
+        matched[int(worker[1])] = 640
+    assert max(counts) - min(counts) <= 2 and sum(counts) == 16
+
+
 @pytest.mark.parametrize(("margin", "at_first"), [(1, [2, 2, 2, 0]), (8, [6, 0, 0, 0])])
 def test_new_sessions_under_one_system_prompt_fill_workers_in_turn_and_then_evenly(margin, at_first):
     """A margin of m lets a worker have m + 1 sessions for each copy of the prefix, as long as others have none."""

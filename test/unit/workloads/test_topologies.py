@@ -80,6 +80,15 @@ def test_isolated_workers_are_stock_and_each_model_prefills_for_itself(tmp_path:
     assert len(set(ports)) == 3
 
 
+def test_flags_of_the_shared_router_are_not_the_isolated_ones(tmp_path: Path):
+    text = TEXT + "  router_args: {request-timeout: 9}\n  shared_router_args: {session-margin: 7}\n"
+    (_, shared), (_, isolated) = (plans(name, tmp_path, text) for name in ("shared", "isolated"))
+    assert shared is not None and isolated is not None
+    assert "--request-timeout" in shared.command and "--request-timeout" in isolated.command
+    assert shared.command[shared.command.index("--session-margin") + 1] == "7"
+    assert "--session-margin" not in isolated.command
+
+
 def test_colocated_is_one_ordinary_server_for_each_model_without_a_router(tmp_path: Path):
     workers, router = plans("colocated", tmp_path)
     assert [plan.name for plan in workers] == ["planner", "coder", "reviewer"] and router is None
