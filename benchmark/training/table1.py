@@ -4,9 +4,10 @@ Planner, coder and reviewer of the demo are trained from SmolLM2-135M-Instruct, 
 the same order, the same steps, learning rate and adapter. Questions are about combinations that training never asked.
 Ordinary fine-tuning is also measured where the base prefills its prompts: the paper's naive sharing.
 
-Every run is kept in out/table1/; what is there already is not made again. Writes out/table1/table.json.
+Every run is kept in out/table1/; what is there already is not made again. Writes out/table1/table.json, of all runs
+that are kept there.
 
-    python benchmark/training/table1.py --seeds 1 --jobs 2
+    python benchmark/training/table1.py --seeds 3 --jobs 2 --method full_ft --method prefillshare_2x
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,11 +42,23 @@ METHODS: Final = {
     "prefillshare": ("prefillshare", 1),
     "prefillshare_2x": ("prefillshare", 2),
     "full_ft": ("full-ft", 1),
+    "full_ft_2x": ("full-ft", 2),
 }
 """What the result calls a method, what the recipe does, and how often it sees the data. A step of prefillshare costs
-half of full-ft's here, so `prefillshare_2x` is the one that was given as much time."""
+half of full-ft's here: `prefillshare_2x` was given as much time as `full_ft`, and as many steps as `full_ft_2x`."""
 
-MEASURED: Final = {"prefillshare": (1.0,), "prefillshare_2x": (1.0,), "full_ft": (0.0, 1.0)}
+DEMO_METHOD: Final = "prefillshare_2x"
+"""The demo serves this one's modules."""
+
+OWN_KV: Final = 0.0
+BASE_KV: Final = 1.0
+
+MEASURED: Final = {
+    "prefillshare": (BASE_KV,),
+    "prefillshare_2x": (BASE_KV,),
+    "full_ft": (OWN_KV, BASE_KV),
+    "full_ft_2x": (OWN_KV, BASE_KV),
+}
 """At which shares of base KV each method's modules are measured."""
 
 STEPS: Final[dict[Role, int]] = {"planner": 240, "coder": 160, "reviewer": 160}
@@ -93,10 +106,21 @@ class Run:
 @click.option("--seeds", default=1, show_default=True, envvar="SEEDS", type=click.IntRange(1), help="Or SEEDS=n.")
 @click.option("--jobs", default=1, show_default=True, help="Runs at the same time, of one thread each.")
 @click.option("--role", "roles", type=click.Choice(ROLES), multiple=True, help="[default: all]")
+@click.option("--method", "methods", type=click.Choice(list(METHODS)), multiple=True, help="[default: all]")
 @click.option("--out", default=ROOT / "out" / "table1", type=click.Path(path_type=Path), show_default=False)
 @click.option("--write-adapters", is_flag=True, help="Put the adapters of seed 0 where the demo finds its modules.")
 @click.option("--only", hidden=True, help="Make one run, in this process.")
-def main(seeds: int, jobs: int, roles: tuple[Role, ...], out: Path, write_adapters: bool, only: str | None) -> None:
+def main(
+    seeds: int,
+    jobs: int,
+    roles: tuple[Role, ...],
+    methods: tuple[str, ...],
+    out: Path,
+    write_adapters: bool,
+    only: str | None,
+) -> None:
+    if write_adapters and methods and DEMO_METHOD not in methods:
+        raise click.UsageError(f"--write-adapters writes modules of {DEMO_METHOD}, and --method leaves it out. Add it.")
     base = prepare_base(ROOT / "out" / "models")
     if only is not None:
         make(Run.named(only), base, out)
@@ -104,7 +128,9 @@ def main(seeds: int, jobs: int, roles: tuple[Role, ...], out: Path, write_adapte
     console = Console()
     started = time.monotonic()
     write_data(out)
-    runs = [Run(role, method, seed) for seed in range(seeds) for role in roles or ROLES for method in METHODS]
+    runs = [
+        Run(role, method, seed) for seed in range(seeds) for role in roles or ROLES for method in methods or METHODS
+    ]
     with ThreadPoolExecutor(jobs) as pool:
         for run, result in zip(runs, pool.map(lambda run: made(run, out), runs), strict=True):
             shares = ", ".join(f"{100 * value:.1f} at {share}" for share, value in result["accuracy"].items())
@@ -118,14 +144,14 @@ def main(seeds: int, jobs: int, roles: tuple[Role, ...], out: Path, write_adapte
         "test_questions": TEST_COUNT,
         "jobs": jobs,
         "seconds": round(time.monotonic() - started, 1),
-        **summarise([(run, result_of(run, out)) for run in runs]),
+        **summarise({run: result_of(run, out) for run in kept(out)}),
     }
     (out / "table.json").write_text(json.dumps(summary, indent=2) + "\n")
     console.print(table(summary))
     console.print(f"written to {out / 'table.json'}", highlight=False, soft_wrap=True)
     if write_adapters:
         for role in roles or ROLES:
-            write_adapter(out / Run(role, "prefillshare_2x", 0).name, base, summary, role=role)
+            write_adapter(out / Run(role, DEMO_METHOD, 0).name, base, summary, role=role)
             console.print(f"written to {ADAPTERS / role}", highlight=False, soft_wrap=True)
 
 
@@ -148,6 +174,11 @@ def made(run: Run, out: Path) -> dict[str, Any]:
             if subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT).returncode != 0:
                 raise click.ClickException(f"{run.name} failed. Its log: {log.name}")
     return result_of(run, out)
+
+
+def kept(out: Path) -> list[Run]:
+    """The runs whose results are there."""
+    return [Run.named(path.parent.name) for path in sorted(out.glob("*-*-*/result.json"))]
 
 
 def result_of(run: Run, out: Path) -> dict[str, Any]:
@@ -226,22 +257,18 @@ def write_adapter(trained: Path, base: Path, summary: dict[str, Any], *, role: R
     (folder / "README.md").write_text(card)
 
 
-def summarise(results: Sequence[tuple[Run, dict[str, Any]]]) -> dict[str, Any]:
-    """Accuracy by role, as means over seeds and for each seed."""
-    rows: dict[str, Any] = {}
+def summarise(results: Mapping[Run, dict[str, Any]]) -> dict[str, Any]:
+    """Accuracy by role, as means over seeds and for each seed. A method that was not run is left out."""
+    roles: dict[str, Any] = {}
     for role in ROLES:
-        own = [(run, result) for run, result in results if run.role == role]
-        if not own:
-            continue
-        columns = {
-            f"{method}_at_{share:g}": [
-                result["accuracy"][str(share)] for run, result in own if run.method == method
-            ]
-            for method, shares in MEASURED.items()
-            for share in shares
-        }  # fmt: skip
-        rows[role] = {"mean": {name: mean(values) for name, values in columns.items()}, "per_seed": columns}
-    return {"roles": rows, "runs": {run.name: result for run, result in results}}
+        per_seed: dict[str, list[float]] = {}
+        for run, result in results.items():
+            if run.role == role:
+                for share in MEASURED[run.method]:
+                    per_seed.setdefault(f"{run.method}_at_{share:g}", []).append(result["accuracy"][str(share)])
+        if per_seed:
+            roles[role] = {"mean": {name: mean(values) for name, values in per_seed.items()}, "per_seed": per_seed}
+    return {"roles": roles, "runs": {run.name: result for run, result in results.items()}}
 
 
 def table(summary: dict[str, Any]) -> Table:
@@ -250,21 +277,23 @@ def table(summary: dict[str, Any]) -> Table:
     names = {
         "full_ft_at_0": "full-ft, own KV",
         "prefillshare_at_1": "prefillshare, base KV",
-        "prefillshare_2x_at_1": "same, twice the steps",
         "full_ft_at_1": "full-ft, base KV (naive)",
+        "full_ft_2x_at_0": "twice the steps: full-ft, own KV",
+        "prefillshare_2x_at_1": "prefillshare, base KV",
+        "full_ft_2x_at_1": "full-ft, base KV (naive)",
     }
     for title in names.values():
         drawn.add_column(title, justify="right")
     for role, row in summary["roles"].items():
-        drawn.add_row(role, *_cells(row, names))
+        drawn.add_row(role, *(_cell(row["per_seed"].get(name, [])) for name in names))
     return drawn
 
 
-def _cells(row: dict[str, Any], names: dict[str, str]) -> Iterator[str]:
-    for name in names:
-        values = row["per_seed"][name]
-        spread = f" ({100 * min(values):.1f}-{100 * max(values):.1f})" if len(values) > 1 else ""
-        yield f"{100 * row['mean'][name]:.1f}{spread}"
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "-"
+    spread = f" ({100 * min(values):.1f}-{100 * max(values):.1f})" if len(values) > 1 else ""
+    return f"{100 * mean(values):.1f}{spread}"
 
 
 if __name__ == "__main__":

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from benchmark.training.step_cost import Config, Trained, Variant, peak_bytes
 from benchmark.training.step_cost import summarise as summarise_steps
-from benchmark.training.table1 import Run, summarise
+from benchmark.training.table1 import Run, kept, result_of, summarise, table
 from examples.demo.rounds import ROLES
 
 
 def test_a_table_has_the_mean_over_seeds_of_each_method_at_each_share() -> None:
-    results = []
+    results = {}
     for seed, right in ((0, 0.5), (1, 0.75)):
-        results.append((Run("coder", "prefillshare", seed), {"accuracy": {"1.0": right}}))
-        results.append((Run("coder", "prefillshare_2x", seed), {"accuracy": {"1.0": 1.0}}))
-        results.append((Run("coder", "full_ft", seed), {"accuracy": {"0.0": 1.0, "1.0": right / 2}}))
+        results[Run("coder", "prefillshare", seed)] = {"accuracy": {"1.0": right}}
+        results[Run("coder", "full_ft", seed)] = {"accuracy": {"0.0": 1.0, "1.0": right / 2}}
+    results[Run("coder", "full_ft_2x", 0)] = {"accuracy": {"0.0": 0.8, "1.0": 0.4}}
     roles = summarise(results)["roles"]
     assert list(roles) == ["coder"]
-    means = {"prefillshare_at_1": 0.625, "prefillshare_2x_at_1": 1.0, "full_ft_at_0": 1.0, "full_ft_at_1": 0.3125}
-    assert roles["coder"]["mean"] == means
+    assert roles["coder"]["mean"] == {
+        "prefillshare_at_1": 0.625, "full_ft_at_0": 1.0, "full_ft_at_1": 0.3125, "full_ft_2x_at_0": 0.8,
+        "full_ft_2x_at_1": 0.4,
+    }  # fmt: skip
     assert roles["coder"]["per_seed"]["full_ft_at_1"] == [0.25, 0.375]
+
+
+def test_a_table_is_of_the_runs_that_are_kept_and_says_which_were_not_made(tmp_path: Path) -> None:
+    for name, accuracy in (("coder-full_ft-0", 0.9), ("coder-full_ft-1", 0.8), ("reviewer-full_ft_2x-0", 0.7)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps({"accuracy": {"0.0": accuracy, "1.0": 0.25}}))
+    (tmp_path / "coder-prefillshare-0").mkdir()  # is being trained
+    runs = kept(tmp_path)
+    assert [run.name for run in runs] == ["coder-full_ft-0", "coder-full_ft-1", "reviewer-full_ft_2x-0"]
+    drawn = table({"test_questions": 8, **summarise({run: result_of(run, tmp_path) for run in runs})})
+    assert [list(column.cells) for column in drawn.columns] == [
+        ["coder", "reviewer"], ["85.0 (80.0-90.0)", "-"], ["-", "-"], ["25.0 (25.0-25.0)", "-"],
+        ["-", "70.0"], ["-", "-"], ["-", "25.0"],
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("role", ROLES)
