@@ -37,7 +37,7 @@ def test_a_table_is_of_the_runs_that_are_kept_and_says_which_were_not_made(tmp_p
     assert [run.name for run in runs] == ["coder-full_ft-0", "coder-full_ft-1", "reviewer-full_ft_2x-0"]
     drawn = table({"test_questions": 8, **summarise({run: result_of(run, tmp_path) for run in runs})})
     assert [list(column.cells) for column in drawn.columns] == [
-        ["coder", "reviewer"], ["85.0 (80.0-90.0)", "-"], ["-", "-"], ["25.0 (25.0-25.0)", "-"],
+        ["coder", "reviewer"], ["85.0 (80.0-90.0)", "-"], ["-", "-"], ["-", "-"], ["25.0 (25.0-25.0)", "-"],
         ["-", "70.0"], ["-", "-"], ["-", "25.0"],
     ]  # fmt: skip
 
