@@ -55,14 +55,8 @@ DEMO_METHOD: Final = "prefillshare_2x"
 OWN_KV: Final = 0.0
 BASE_KV: Final = 1.0
 
-MEASURED: Final = {
-    "prefillshare": (BASE_KV,),
-    "prefillshare_2x": (BASE_KV,),
-    "prefillshare_4x": (BASE_KV,),
-    "full_ft": (OWN_KV, BASE_KV),
-    "full_ft_2x": (OWN_KV, BASE_KV),
-}
-"""At which shares of base KV each method's modules are measured."""
+MEASURED: Final = {"prefillshare": (BASE_KV,), "full-ft": (OWN_KV, BASE_KV)}
+"""At which shares of base KV the modules of a recipe's method are measured."""
 
 STEPS: Final[dict[Role, int]] = {"planner": 240, "coder": 160, "reviewer": 160}
 """The planner alone hears the request in words that it never heard before, and learns for longer."""
@@ -97,6 +91,11 @@ class Run:
     @property
     def name(self) -> str:
         return f"{self.role}-{self.method}-{self.seed}"
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        method, _ = METHODS[self.method]
+        return MEASURED[method]
 
     @classmethod
     def named(cls, name: str) -> Run:
@@ -217,7 +216,7 @@ def make(run: Run, base: Path, out: Path) -> None:
     store_in_bfloat16(folder)
     train_seconds = time.monotonic() - began
     tasks = str(data / f"{run.role}.test.jsonl")
-    shares = MEASURED[run.method]
+    shares = run.shares
     curve = measure(CurveConfig({run.name: str(folder)}, tasks, base=str(base), shares=shares, batch_size=32))
     (module,) = curve.modules
     result = {
@@ -272,7 +271,7 @@ def summarise(results: Mapping[Run, dict[str, Any]]) -> dict[str, Any]:
         per_seed: dict[str, list[float]] = {}
         for run, result in results.items():
             if run.role == role:
-                for share in MEASURED[run.method]:
+                for share in run.shares:
                     per_seed.setdefault(f"{run.method}_at_{share:g}", []).append(result["accuracy"][str(share)])
         if per_seed:
             roles[role] = {"mean": {name: mean(values) for name, values in per_seed.items()}, "per_seed": per_seed}

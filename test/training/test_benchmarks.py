@@ -17,13 +17,14 @@ def test_a_table_has_the_mean_over_seeds_of_each_method_at_each_share() -> None:
     results = {}
     for seed, right in ((0, 0.5), (1, 0.75)):
         results[Run("coder", "prefillshare", seed)] = {"accuracy": {"1.0": right}}
+        results[Run("coder", "prefillshare_2x", seed)] = {"accuracy": {"1.0": 1.0}}
         results[Run("coder", "full_ft", seed)] = {"accuracy": {"0.0": 1.0, "1.0": right / 2}}
     results[Run("coder", "full_ft_2x", 0)] = {"accuracy": {"0.0": 0.8, "1.0": 0.4}}
     roles = summarise(results)["roles"]
     assert list(roles) == ["coder"]
     assert roles["coder"]["mean"] == {
-        "prefillshare_at_1": 0.625, "full_ft_at_0": 1.0, "full_ft_at_1": 0.3125, "full_ft_2x_at_0": 0.8,
-        "full_ft_2x_at_1": 0.4,
+        "prefillshare_at_1": 0.625, "prefillshare_2x_at_1": 1.0, "full_ft_at_0": 1.0, "full_ft_at_1": 0.3125,
+        "full_ft_2x_at_0": 0.8, "full_ft_2x_at_1": 0.4,
     }  # fmt: skip
     assert roles["coder"]["per_seed"]["full_ft_at_1"] == [0.25, 0.375]
 
