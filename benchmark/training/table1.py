@@ -32,22 +32,62 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from examples.demo.exercises import Split  # noqa: E402
 from examples.demo.models import ADAPTERS, BASE_NAME, prepare_base  # noqa: E402
 from examples.demo.rounds import ROLES, Role, examples  # noqa: E402
 from sglang_prefillshare.environment import describe_environment  # noqa: E402
 from sglang_prefillshare.identity.fingerprint import identify_base  # noqa: E402
 from sglang_prefillshare.identity.manifest import Manifest, write_manifest  # noqa: E402
 
+PER_DEVICE: Final = 4  # examples at once, as in the recipe
+
+STEPS: Final[dict[Role, int]] = {"planner": 240, "coder": 160, "reviewer": 160}
+"""The planner alone hears the request in words that it never heard before, and learns for longer."""
+
+LONG_STEPS: Final[dict[Role, int]] = {"planner": 800, "coder": 1200, "reviewer": 1200}
+"""Steps of half the batch, on examples of which none occurs twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """What the recipe does, and for how long."""
+
+    of_recipe: str
+    epochs: int = 1
+    is_long: bool = False
+
+    @property
+    def data(self) -> str:
+        return "long" if self.is_long else "train"
+
+    @property
+    def batch_size(self) -> int:
+        return PER_DEVICE * self.accumulation
+
+    @property
+    def accumulation(self) -> int:
+        return 1 if self.is_long else 2
+
+    def examples(self, role: Role) -> int:
+        """How many different ones."""
+        return self.batch_size * self.steps(role) // self.epochs
+
+    def steps(self, role: Role) -> int:
+        return self.epochs * (LONG_STEPS if self.is_long else STEPS)[role]
+
+
 METHODS: Final = {
-    "prefillshare": ("prefillshare", 1),
-    "prefillshare_2x": ("prefillshare", 2),
-    "prefillshare_4x": ("prefillshare", 4),
-    "full_ft": ("full-ft", 1),
-    "full_ft_2x": ("full-ft", 2),
+    "full_ft": Method("full-ft"),
+    "prefillshare": Method("prefillshare"),
+    "full_ft_2x": Method("full-ft", epochs=2),
+    "prefillshare_2x": Method("prefillshare", epochs=2),
+    "prefillshare_4x": Method("prefillshare", epochs=4),
+    "full_ft_long": Method("full-ft", is_long=True),
+    "prefillshare_long": Method("prefillshare", is_long=True),
 }
-"""What the result calls a method, what the recipe does, and how often it sees the data. A step of prefillshare costs
-half of full-ft's here: `prefillshare_2x` was given as much time as `full_ft`, and as many steps as `full_ft_2x`, whose
-time `prefillshare_4x` was given."""
+"""What the result calls a method. A step of prefillshare costs half of full-ft's here: `prefillshare_2x` was given as
+much time as `full_ft`, and as many steps as `full_ft_2x`, whose time `prefillshare_4x` was given. Both that are called
+long have as many steps, and enough of them that more would teach either little."""
 
 DEMO_METHOD: Final = "prefillshare_2x"
 """The demo serves this one's modules."""
@@ -58,10 +98,6 @@ BASE_KV: Final = 1.0
 MEASURED: Final = {"prefillshare": (BASE_KV,), "full-ft": (OWN_KV, BASE_KV)}
 """At which shares of base KV the modules of a recipe's method are measured."""
 
-STEPS: Final[dict[Role, int]] = {"planner": 240, "coder": 160, "reviewer": 160}
-"""The planner alone hears the request in words that it never heard before, and learns for longer."""
-
-BATCH_SIZE: Final = 8  # as in the recipe: every example is seen as often as METHODS says
 TEST_COUNT: Final = 200
 KEEP_MEMORY: Final = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "8000000000"}
 """glibc gives every step's activations back to the kernel and has them zeroed again: a tenth of the time."""
@@ -94,8 +130,7 @@ class Run:
 
     @property
     def shares(self) -> tuple[float, ...]:
-        method, _ = METHODS[self.method]
-        return MEASURED[method]
+        return MEASURED[METHODS[self.method].of_recipe]
 
     @classmethod
     def named(cls, name: str) -> Run:
@@ -147,7 +182,7 @@ def main(
         **describe_environment(("sglang-prefillshare", "torch", "transformers", "peft")),
         "base": BASE_NAME,
         "recipe": RECIPE.read_text(),
-        "steps": STEPS,
+        "steps": {name: {role: method.steps(role) for role in ROLES} for name, method in METHODS.items()},
         "test_questions": TEST_COUNT,
         "jobs": jobs,
         "seconds": round(time.monotonic() - started, 1),
@@ -167,9 +202,11 @@ def write_data(out: Path) -> None:
     folder = out / "data"
     folder.mkdir(parents=True, exist_ok=True)
     for role in ROLES:
-        for split, count in (("train", BATCH_SIZE * STEPS[role]), ("test", TEST_COUNT)):
+        counts = {method.data: method.examples(role) for method in METHODS.values()} | {"test": TEST_COUNT}
+        for name, count in counts.items():
+            split: Split = "test" if name == "test" else "train"
             lines = [json.dumps(record) for record in examples(role, split, count=count, seed=0)]
-            (folder / f"{role}.{split}.jsonl").write_text("\n".join(lines) + "\n")
+            (folder / f"{role}.{name}.jsonl").write_text("\n".join(lines) + "\n")
 
 
 def made(run: Run, out: Path) -> dict[str, Any]:
@@ -199,7 +236,7 @@ def make(run: Run, base: Path, out: Path) -> None:
     from sglang_prefillshare.training.sharing_curve import CurveConfig, measure
 
     folder, data = out / run.name, out / "data"
-    method, epochs = METHODS[run.method]
+    method = METHODS[run.method]
     began = time.monotonic()
     summary = train(
         RECIPE,
@@ -207,9 +244,10 @@ def make(run: Run, base: Path, out: Path) -> None:
             f"base={base}",
             f"output={folder}",
             "overwrite=true",
-            f"data.train={data / f'{run.role}.train.jsonl'}",
-            f"method={method}",
-            f"training.max_steps={epochs * STEPS[run.role]}",
+            f"data.train={data / f'{run.role}.{method.data}.jsonl'}",
+            f"method={method.of_recipe}",
+            f"training.max_steps={method.steps(run.role)}",
+            f"training.gradient_accumulation_steps={method.accumulation}",
             f"training.seed={run.seed}",
         ),
     )
@@ -255,7 +293,7 @@ def write_adapter(trained: Path, base: Path, summary: dict[str, Any], *, role: R
     card = CARD.format(
         role=role,
         base=BASE_NAME,
-        train_count=BATCH_SIZE * STEPS[role],
+        train_count=METHODS[DEMO_METHOD].examples(role),
         test_count=summary["test_questions"],
         accuracy=100 * result["accuracy"]["1.0"],
         seconds=result["train_seconds"],
@@ -279,21 +317,18 @@ def summarise(results: Mapping[Run, dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(summary: dict[str, Any]) -> Table:
+    """A row for each method that a role was trained with."""
     drawn = Table(title=f"Exact match, {summary['test_questions']} questions on combinations that were held out")
     drawn.add_column("role")
-    names = {
-        "full_ft_at_0": "full-ft, own KV",
-        "prefillshare_at_1": "prefillshare, base KV",
-        "prefillshare_2x_at_1": "same, 2x steps",
-        "full_ft_at_1": "full-ft, base KV (naive)",
-        "full_ft_2x_at_0": "full-ft, own KV, 2x steps",
-        "prefillshare_4x_at_1": "prefillshare, base KV, 4x steps",
-        "full_ft_2x_at_1": "full-ft, base KV (naive), 2x steps",
-    }
-    for title in names.values():
+    drawn.add_column("method")
+    for title in ("steps", "batch", "own KV", "base KV"):
         drawn.add_column(title, justify="right")
     for role, row in summary["roles"].items():
-        drawn.add_row(role, *(_cell(row["per_seed"].get(name, [])) for name in names))
+        for name, method in METHODS.items():
+            own, base = (row["per_seed"].get(f"{name}_at_{share:g}", []) for share in (OWN_KV, BASE_KV))
+            if own or base:
+                drawn.add_row(role, name, str(method.steps(role)), str(method.batch_size), _cell(own), _cell(base))
+        drawn.add_section()
     return drawn
 
 

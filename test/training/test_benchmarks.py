@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmark.training.step_cost import Config, Trained, Variant, peak_bytes
 from benchmark.training.step_cost import summarise as summarise_steps
-from benchmark.training.table1 import Run, kept, result_of, summarise, table
-from examples.demo.rounds import ROLES
+from benchmark.training.table1 import METHODS, Run, kept, result_of, summarise, table, write_data
+from examples.demo.rounds import ROLES, Role
 
 
 def test_a_table_has_the_mean_over_seeds_of_each_method_at_each_share() -> None:
@@ -38,9 +39,28 @@ def test_a_table_is_of_the_runs_that_are_kept_and_says_which_were_not_made(tmp_p
     assert [run.name for run in runs] == ["coder-full_ft-0", "coder-full_ft-1", "reviewer-full_ft_2x-0"]
     drawn = table({"test_questions": 8, **summarise({run: result_of(run, tmp_path) for run in runs})})
     assert [list(column.cells) for column in drawn.columns] == [
-        ["coder", "reviewer"], ["85.0 (80.0-90.0)", "-"], ["-", "-"], ["-", "-"], ["25.0 (25.0-25.0)", "-"],
-        ["-", "70.0"], ["-", "-"], ["-", "25.0"],
+        ["coder", "reviewer"], ["full_ft", "full_ft_2x"], ["160", "320"], ["8", "8"],
+        ["85.0 (80.0-90.0)", "70.0"], ["25.0 (25.0-25.0)", "25.0"],
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_both_methods_have_the_same_data_and_steps_where_they_are_compared(role: Role) -> None:
+    for suffix in ("", "_2x", "_long"):
+        shared, ordinary = METHODS[f"prefillshare{suffix}"], METHODS[f"full_ft{suffix}"]
+        assert replace(shared, of_recipe=ordinary.of_recipe) == ordinary
+    for method in METHODS.values():
+        assert method.batch_size * method.steps(role) == method.epochs * method.examples(role)
+
+
+def test_a_longer_training_begins_with_the_same_examples_and_has_none_twice(tmp_path: Path) -> None:
+    write_data(tmp_path)
+    for role in ROLES:
+        train, long, test = (
+            (tmp_path / "data" / f"{role}.{name}.jsonl").read_text().splitlines() for name in ("train", "long", "test")
+        )
+        assert long[: len(train)] == train and len(set(long)) == len(long) > len(train)
+        assert len(test) == 200
 
 
 @pytest.mark.parametrize("role", ROLES)
