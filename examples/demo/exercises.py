@@ -14,6 +14,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import zip_longest
+from string import ascii_lowercase
 from typing import Final, Literal
 
 import xxhash
@@ -128,6 +130,45 @@ DOMAINS: Final = (
 )
 
 
+_COMPARISON: Final = """
+def value(source, xs, ws):
+    try:
+        return eval(source, {{"xs": list(xs), "ws": list(ws)}})
+    except Exception as error:
+        return type(error)
+
+for xs, ws in {lists!r}:
+    found, wanted = value({answer!r}, xs, ws), value({code!r}, xs, ws)
+    assert type(found) is type(wanted) and found == wanted
+"""
+
+
+def _number_lists() -> list[list[int]]:
+    """Every number alone, for what is kept of it, and many together, for what is made of all."""
+    generator = random.Random("numbers")
+    alone = [[number] for number in range(-30, 31)]
+    return [[], *alone, *([generator.randint(-30, 30) for _ in range(12)] for _ in range(20))]
+
+
+def _word_lists() -> list[list[str]]:
+    """Words that start with a letter, end with it and contain it; of all lengths, some of them in capitals."""
+    generator = random.Random("words")
+    lists = [[], generator.sample(ascii_lowercase, k=26)]
+    for letter in ascii_lowercase:
+        words = []
+        for size in range(1, 19):
+            rest = "".join(generator.choices(ascii_lowercase, k=size - 1))
+            place = (0, size - 1, size // 2)[size % 3]
+            word = rest[:place] + letter + rest[place:]
+            words.append(word.upper() if generator.random() < 0.2 else word)
+        generator.shuffle(words)
+        lists += [words, words[:1], words[1:4]]
+    return lists
+
+
+_LISTS: Final = [*zip_longest(_number_lists(), _word_lists(), fillvalue=[])]
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One request, and the one plan and the one expression that answer it."""
@@ -181,6 +222,14 @@ def wrong_code(request: Request, generator: random.Random) -> str:
         other = replace(request, **{place: _with_constant(generator.choice(pieces), generator)})
         if other.code != request.code:
             return other.code
+
+
+def comparison(answer: str, code: str) -> str:
+    """A program that ends without raising only where two expressions give equal values for every list it tries.
+
+    `answer` may be anything at all: run it where it can do no harm.
+    """
+    return _COMPARISON.format(lists=_LISTS, answer=answer, code=code)
 
 
 def _choose(pieces: Sequence[Piece], generator: random.Random) -> Piece:

@@ -10,38 +10,55 @@ import pytest
 
 from benchmark.training.step_cost import Config, Trained, Variant, peak_bytes
 from benchmark.training.step_cost import summarise as summarise_steps
-from benchmark.training.table1 import METHODS, Run, kept, result_of, summarise, table, write_data
+from benchmark.training.table1 import METHODS, Run, is_right, kept, result_of, score, summarise, table, write_data
 from examples.demo.rounds import ROLES, Role
+
+
+def measured(own: float | None, base: float | None, *, letter: float = 0.5) -> dict[str, dict[str, float]]:
+    """What is kept of a run: right answers at each share, and `letter` times as many that are right to the letter."""
+    accuracy = {share: value for share, value in (("0.0", own), ("1.0", base)) if value is not None}
+    return {"accuracy": accuracy, "exact_match": {share: letter * value for share, value in accuracy.items()}}
 
 
 def test_a_table_has_the_mean_over_seeds_of_each_method_at_each_share() -> None:
     results = {}
     for seed, right in ((0, 0.5), (1, 0.75)):
-        results[Run("coder", "prefillshare", seed)] = {"accuracy": {"1.0": right}}
-        results[Run("coder", "prefillshare_2x", seed)] = {"accuracy": {"1.0": 1.0}}
-        results[Run("coder", "full_ft", seed)] = {"accuracy": {"0.0": 1.0, "1.0": right / 2}}
-    results[Run("coder", "full_ft_2x", 0)] = {"accuracy": {"0.0": 0.8, "1.0": 0.4}}
+        results[Run("coder", "prefillshare", seed)] = measured(None, right)
+        results[Run("coder", "prefillshare_2x", seed)] = measured(None, 1.0)
+        results[Run("coder", "full_ft", seed)] = measured(1.0, right / 2)
+    results[Run("coder", "full_ft_2x", 0)] = measured(0.8, 0.4)
     roles = summarise(results)["roles"]
     assert list(roles) == ["coder"]
-    assert roles["coder"]["mean"] == {
+    assert roles["coder"]["accuracy"]["mean"] == {
         "prefillshare_at_1": 0.625, "prefillshare_2x_at_1": 1.0, "full_ft_at_0": 1.0, "full_ft_at_1": 0.3125,
         "full_ft_2x_at_0": 0.8, "full_ft_2x_at_1": 0.4,
     }  # fmt: skip
-    assert roles["coder"]["per_seed"]["full_ft_at_1"] == [0.25, 0.375]
+    assert roles["coder"]["accuracy"]["per_seed"]["full_ft_at_1"] == [0.25, 0.375]
+    assert roles["coder"]["exact_match"]["per_seed"]["full_ft_at_1"] == [0.125, 0.1875]
 
 
-def test_a_table_is_of_the_runs_that_are_kept_and_says_which_were_not_made(tmp_path: Path) -> None:
-    for name, accuracy in (("coder-full_ft-0", 0.9), ("coder-full_ft-1", 0.8), ("reviewer-full_ft_2x-0", 0.7)):
+def test_a_table_is_of_the_runs_that_are_kept(tmp_path: Path) -> None:
+    for name, accuracy in (("coder-full_ft-0", 0.9), ("coder-full_ft-1", 0.8), ("reviewer-prefillshare_2x-0", None)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "result.json").write_text(json.dumps({"accuracy": {"0.0": accuracy, "1.0": 0.25}}))
+        (tmp_path / name / "result.json").write_text(json.dumps(measured(accuracy, 0.25)))
     (tmp_path / "coder-prefillshare-0").mkdir()  # is being trained
     runs = kept(tmp_path)
-    assert [run.name for run in runs] == ["coder-full_ft-0", "coder-full_ft-1", "reviewer-full_ft_2x-0"]
+    assert [run.name for run in runs] == ["coder-full_ft-0", "coder-full_ft-1", "reviewer-prefillshare_2x-0"]
     drawn = table({"test_questions": 8, **summarise({run: result_of(run, tmp_path) for run in runs})})
     assert [list(column.cells) for column in drawn.columns] == [
-        ["coder", "reviewer"], ["full_ft", "full_ft_2x"], ["160", "320"], ["8", "8"],
-        ["85.0 (80.0-90.0)", "70.0"], ["25.0 (25.0-25.0)", "25.0"],
+        ["coder", "reviewer"], ["full_ft", "prefillshare_2x"], ["160", "320"], ["8", "8"],
+        ["85.0 (80.0-90.0)", ""], ["25.0 (25.0-25.0)", "25.0"],
+        ["42.5 (40.0-45.0)", ""], ["12.5 (12.5-12.5)", "12.5"],
     ]  # fmt: skip
+
+
+def test_code_is_right_where_it_computes_what_is_wanted_and_a_plan_to_the_letter() -> None:
+    wanted = ["set(xs)", "sum(xs)", "max(xs)", '" ".join(ws)']
+    answers = ["set(x for x in xs)", "sum(xs)", None, '" ".join(sorted(ws))']
+    found = score("coder", {0.0: answers, 1.0: wanted}, wanted)
+    assert found == {"accuracy": {"0.0": 0.5, "1.0": 1.0}, "exact_match": {"0.0": 0.25, "1.0": 1.0}}
+    assert not is_right("planner", "set(x for x in xs)", "set(xs)")
+    assert not is_right("reviewer", "exit()", "set(xs)") and not is_right("reviewer", "", "set(xs)")
 
 
 @pytest.mark.parametrize("role", ROLES)

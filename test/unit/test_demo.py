@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from examples.demo.exercises import draw_request, wrong_code
+from examples.demo.exercises import comparison, draw_request, wrong_code
 from examples.demo.models import ADAPTERS, BASE_NAME
 from examples.demo.oracle import common_prefix
 from examples.demo.program import Call, is_right, rounds_script
@@ -69,6 +69,39 @@ def test_training_and_the_demo_keep_the_same_words_of_a_round() -> None:
         assert [message["content"] for message in trained if message["role"] == "user"] == [
             step.message for step in script.steps
         ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("set(x for x in xs)", "set(xs)"),
+        ('" ".join([w for w in ws])', '" ".join(ws)'),
+        ("sum(x**2 for x in xs if x > -1 and x != 0)", "sum(x * x for x in xs if x > 0)"),
+        ("max([*xs])", "max(xs)"),  # both raise for an empty list
+    ],
+)
+def test_code_in_other_words_computes_the_same(answer: str, code: str) -> None:
+    exec(comparison(answer, code), {})
+
+
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        ("list(xs)", "set(xs)"),
+        ("(x for x in xs)", "[x for x in xs]"),
+        ("max(x for x in xs if x > 7)", "max(x for x in xs if x > 6)"),
+        ("min(x for x in xs if x < 1)", "min(x for x in xs if x < 0)"),
+        ('[w for w in ws if w[0] == "h"]', 'sorted(w for w in ws if w[0] == "h")'),
+        ('len([w for w in ws if "q" in w])', 'len([w for w in ws if w[-1] == "q"])'),
+        ("[w for w in ws if len(w) > 7]", "[w for w in ws if len(w) > 8]"),
+        ("max(xs, default=0)", "max(xs)"),
+        ("sum(xs", "sum(xs)"),
+        ("", "sum(xs)"),
+    ],
+)
+def test_code_that_computes_something_else_is_told_apart(answer: str, code: str) -> None:
+    with pytest.raises(AssertionError):
+        exec(comparison(answer, code), {})
 
 
 @pytest.mark.parametrize("role", ROLES)
