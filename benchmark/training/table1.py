@@ -2,8 +2,8 @@
 
 Planner, coder and reviewer of the demo are trained from SmolLM2-135M-Instruct, each with both methods: the same data in
 the same order, the same steps, learning rate and adapter. Questions are about combinations that training never asked;
-a plan is right to the letter, code where it computes what was asked. Ordinary fine-tuning is also measured where the
-base prefills its prompts: the paper's naive sharing.
+a plan is right as an exact match, code where it computes what was asked. Ordinary fine-tuning is also measured where
+the base prefills its prompts: the paper's naive sharing.
 
 Every run is kept in out/table1/; what is there already is not made again. Writes out/table1/table.json, of all runs
 that are kept there.
@@ -91,7 +91,7 @@ METHODS: Final = {
 much time as `full_ft`, and as many steps as `full_ft_2x`, whose time `prefillshare_4x` was given. Both that are called
 long have as many steps, and enough of them that more would teach either little."""
 
-DEMO_METHOD: Final = "prefillshare_2x"
+DEMO_METHOD: Final = "prefillshare_long"
 """The demo serves this one's modules."""
 
 SCORES: Final = ("accuracy", "exact_match")
@@ -115,9 +115,9 @@ CARD: Final = """# {role}: a decode module of {base}
 A LoRA adapter (rank 4) that reads the KV of {base} (Apache-2.0) and answers as the demo's {role}: requests about lists,
 made by `examples/demo/exercises.py`. It is good for nothing else.
 
-Trained with `make table1`: {train_count} examples twice, cache-conditioned (eq. 7), seed 0, on one thread of an
-{device} ({seconds:.0f} s). {accuracy:.1f}% of {test_count} answers are right, to questions
-about combinations that training never asked.
+Trained by `python benchmark/training/table1.py --method {method}`: {steps} steps on {train_count} examples,
+cache-conditioned (eq. 7), seed 0, on one thread of an {device} ({seconds:.0f} s).
+Of {test_count} questions about combinations that training never asked it answers {accuracy:.1f}% right.
 """
 
 
@@ -153,7 +153,7 @@ class Run:
     "methods",
     type=click.Choice(list(METHODS)),
     multiple=True,
-    default=["prefillshare", DEMO_METHOD, "full_ft"],
+    default=["full_ft", "prefillshare", "prefillshare_2x"],
     show_default=True,
 )
 @click.option("--out", default=ROOT / "out" / "table1", type=click.Path(path_type=Path), show_default=False)
@@ -293,7 +293,7 @@ def answers_of(
 
 
 def score(role: Role, answers: Mapping[float, Sequence[str | None]], wanted: Sequence[str]) -> dict[str, Any]:
-    """The share of right answers at each share of base KV, and that of answers which are right to the letter."""
+    """The share of right answers at each share of base KV, and that of exact matches."""
     right, exact = {}, {}
     for share, texts in answers.items():
         pairs = list(zip(texts, wanted, strict=True))
@@ -333,6 +333,8 @@ def write_adapter(trained: Path, base: Path, summary: dict[str, Any], *, role: R
     card = CARD.format(
         role=role,
         base=BASE_NAME,
+        method=DEMO_METHOD,
+        steps=METHODS[DEMO_METHOD].steps(role),
         train_count=METHODS[DEMO_METHOD].examples(role),
         test_count=summary["test_questions"],
         accuracy=100 * result["accuracy"]["1.0"],
@@ -366,10 +368,10 @@ def summarise(results: Mapping[Run, dict[str, Any]]) -> dict[str, Any]:
 
 def table(summary: dict[str, Any]) -> Table:
     """A row for each method that a role was trained with."""
-    drawn = Table(title=f"Right, and right to the letter, %: {summary['test_questions']} questions each")
+    drawn = Table(title=f"Right answers, and exact matches, % of {summary['test_questions']}")
     drawn.add_column("role")
     drawn.add_column("method")
-    for title in ("steps", "batch", "own KV", "base KV", "to the letter: own KV", "base KV"):
+    for title in ("steps", "batch", "own KV", "base KV", "exact, own KV", "exact, base KV"):
         drawn.add_column(title, justify="right")
     for role, found in summary["roles"].items():
         for name, method in METHODS.items():

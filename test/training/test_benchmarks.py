@@ -14,10 +14,10 @@ from benchmark.training.table1 import METHODS, Run, is_right, kept, result_of, s
 from examples.demo.rounds import ROLES, Role
 
 
-def measured(own: float | None, base: float | None, *, letter: float = 0.5) -> dict[str, dict[str, float]]:
-    """What is kept of a run: right answers at each share, and `letter` times as many that are right to the letter."""
+def measured(own: float | None, base: float | None, *, exact: float = 0.5) -> dict[str, dict[str, float]]:
+    """What is kept of a run: right answers at each share, and `exact` times as many exact matches."""
     accuracy = {share: value for share, value in (("0.0", own), ("1.0", base)) if value is not None}
-    return {"accuracy": accuracy, "exact_match": {share: letter * value for share, value in accuracy.items()}}
+    return {"accuracy": accuracy, "exact_match": {share: exact * value for share, value in accuracy.items()}}
 
 
 def test_a_table_has_the_mean_over_seeds_of_each_method_at_each_share() -> None:
@@ -52,7 +52,7 @@ def test_a_table_is_of_the_runs_that_are_kept(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_code_is_right_where_it_computes_what_is_wanted_and_a_plan_to_the_letter() -> None:
+def test_code_is_right_where_it_computes_what_is_wanted_and_a_plan_as_an_exact_match() -> None:
     wanted = ["set(xs)", "sum(xs)", "max(xs)", '" ".join(ws)']
     answers = ["set(x for x in xs)", "sum(xs)", None, '" ".join(sorted(ws))']
     found = score("coder", {0.0: answers, 1.0: wanted}, wanted)
