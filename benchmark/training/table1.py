@@ -276,20 +276,20 @@ def answers_of(
     module: Path, base: Path, questions: Sequence[Mapping[str, Any]], *, shares: Sequence[float]
 ) -> dict[float, list[str | None]]:
     """What a module answers in float32 at each share of base KV; None where it does not come to an end."""
-    from sglang_prefillshare.training.evaluate import tokenise_prompts
+    from sglang_prefillshare.evaluation.answers import Ask, answer_offline, tokenise_asks
     from sglang_prefillshare.training.modules import open_modules
 
     opened = open_modules({module.name: str(module)}, base=str(base), dtype="float32")
-    stop_ids = opened.stop_ids | {opened.tokenizer.eos_token_id}
-    prompts = tokenise_prompts([question["prompt"] for question in questions], opened.tokenizer)
+    asks = [Ask(str(place), question["prompt"], ANSWER_TOKENS) for place, question in enumerate(questions)]
+    prompts = tokenise_asks(asks, opened)
     ((_, evaluator),) = opened.evaluators(batch_size=32)
-    answers: dict[float, list[str | None]] = {}
-    for share in shares:
-        generated = evaluator.generate(prompts, share=share, max_new_tokens=ANSWER_TOKENS, stop_ids=stop_ids)
-        answers[share] = [
-            opened.tokenizer.decode(tokens[:-1]) if tokens[-1] in stop_ids else None for tokens in generated
+    return {
+        share: [
+            None if answer.is_cut else answer.text
+            for answer in answer_offline(asks, prompts, evaluator, opened, share=share)
         ]
-    return answers
+        for share in shares
+    }
 
 
 def score(role: Role, answers: Mapping[float, Sequence[str | None]], wanted: Sequence[str]) -> dict[str, Any]:
