@@ -23,8 +23,8 @@ load_plugins()
 
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend  # noqa: E402
 
-from sglang_prefillshare.host.cpu_attention import run_sdpa_forward_decode, run_sdpa_forward_extend  # noqa: E402
-from sglang_prefillshare.host.cpu_linear import apply  # noqa: E402
+from sglang_prefillshare.host.cpu.attention import run_sdpa_forward_decode, run_sdpa_forward_extend  # noqa: E402
+from sglang_prefillshare.host.cpu.linear import apply  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM, SLOTS, HIDDEN, INTERMEDIATE = 9, 3, 64, 12_000, 576, 1536
 EXTEND = ((0, 512), (512, 64), (2048, 64), (8192, 64))

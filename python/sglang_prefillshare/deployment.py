@@ -39,7 +39,7 @@ ROUTER_NAME: Final = "router"
 CPU_ENV: Final[Mapping[str, str]] = {"OMP_NUM_THREADS": "1"}
 """On a host without an accelerator or for `device: cpu`, where neither the topology nor our own environment says
 otherwise: several processes with several OpenMP threads each wait for one another at barriers. What else a CPU needs
-SGLang gets from our platform (`host/cpu_platform.py`), with or without `up`."""
+SGLang gets from our platform (`host/cpu/platform.py`), with or without `up`."""
 
 API_KEY_VARIABLE: Final = "PREFILLSHARE_WORKER_API_KEY"
 """Hands the workers' key to the router, for which a flag would be readable by every user of the machine."""

@@ -24,7 +24,7 @@ from sglang_prefillshare.handoff.geometry import KVGeometry  # noqa: E402
 from sglang_prefillshare.handoff.lease import ClaimBook, LeaseBook, Wanted  # noqa: E402
 from sglang_prefillshare.handoff.lease_table import LeaseMark, LeaseTable, LeaseView  # noqa: E402
 from sglang_prefillshare.handoff.pool import PoolView  # noqa: E402
-from sglang_prefillshare.host import backend, backend_decode, backend_prefill  # noqa: E402
+from sglang_prefillshare.host.transfer import decode_end, prefill_end, wakeup  # noqa: E402
 
 ROOM, SESSION, PAGES = 7, "decode", 4
 
@@ -40,7 +40,7 @@ def bare(kind: type, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[message
     manager.transfer_infos = {}
     manager.geometry = KVGeometry(page_size=1, kv_dtype="torch.float32", page_bytes=(8, 8))
     manager.send = lambda _host, _port, message: sent.append(message)
-    monkeypatch.setattr(backend.wakeup, "wake", lambda: None)
+    monkeypatch.setattr(wakeup, "wake", lambda: None)
     return manager, sent
 
 
@@ -56,12 +56,12 @@ class _NoLock:
 @pytest.fixture
 def prefill(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[messages.Message]]:
     """A prefill manager with an open room that decode wants."""
-    manager, sent = bare(backend_prefill.PrefillKVManager, monkeypatch)
+    manager, sent = bare(prefill_end.PrefillKVManager, monkeypatch)
     manager._lease_table = LeaseTable.create()
     manager.leases = LeaseBook(manager._lease_table, timeout_s=0.05)
     manager._announcer = None
     manager.metadata = [np.zeros((2, 8), dtype=np.uint8)]
-    manager._peers = {SESSION: backend_prefill._DecodePeer("127.0.0.1", 1)}
+    manager._peers = {SESSION: prefill_end._DecodePeer("127.0.0.1", 1)}
     manager.leases.open(ROOM)
     manager.leases.want(ROOM, Wanted(SESSION, PAGES))
     return manager, sent
@@ -111,7 +111,7 @@ def test_a_late_confirmation_of_a_failed_room_changes_nothing(prefill: tuple[Any
 
 def test_a_decode_worker_that_does_not_confirm_loses_its_loan(prefill: tuple[Any, list[messages.Message]]) -> None:
     manager, sent = prefill
-    sender = object.__new__(backend_prefill.PrefillShareKVSender)
+    sender = object.__new__(prefill_end.PrefillShareKVSender)
     sender.kv_mgr, sender.bootstrap_room, sender.conclude_state = manager, ROOM, None
     sender.trace_ctx = type("Trace", (), {"trace_req_finish": lambda self: None})()
     manager._staging_outstanding = {}
@@ -125,7 +125,7 @@ def test_a_decode_worker_that_does_not_confirm_loses_its_loan(prefill: tuple[Any
 
 def test_messages_for_the_other_end_are_refused(prefill: tuple[Any, list[messages.Message]]) -> None:
     manager, _ = prefill
-    with pytest.raises(backend_prefill.HandoffError, match="a Refused came to a prefill worker"):
+    with pytest.raises(prefill_end.HandoffError, match="a Refused came to a prefill worker"):
         manager.handle(messages.Refused(bootstrap_addr="x", reason="y"))
 
 
@@ -135,7 +135,7 @@ def test_messages_for_the_other_end_are_refused(prefill: tuple[Any, list[message
 @pytest.fixture
 def decode(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[messages.Message], LeaseTable]:
     """A decode manager with a pool of zeros, a mapped prefill pool of ones, and a room that claims pages 4..7."""
-    manager, sent = bare(backend_decode.DecodeKVManager, monkeypatch)
+    manager, sent = bare(decode_end.DecodeKVManager, monkeypatch)
     table = LeaseTable.create()
     source = [torch.ones((8, 8), dtype=torch.uint8) for _ in range(2)]
     manager.buffers = [torch.zeros((8, 8), dtype=torch.uint8) for _ in range(2)]
@@ -143,7 +143,7 @@ def decode(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[messages.Message]
     manager.metadata = [np.zeros((2, 8), dtype=np.uint8)]
     manager.session, manager.forward_stream = SESSION, None
     manager._lent_at_ns, manager._copy, manager.claims = {}, copy_pages, ClaimBook()
-    pool = backend_decode._PrefillPool(PoolView.of_tensors(source), LeaseView(table.handle))
+    pool = decode_end._PrefillPool(PoolView.of_tensors(source), LeaseView(table.handle))
     manager._pools = {1: pool}
     manager.want(ROOM, np.arange(4, 8, dtype=np.int32), metadata_index=1, prefix_tokens=0, prefill=("127.0.0.1", 1))
     return manager, sent, table
@@ -247,4 +247,4 @@ def test_a_room_that_decode_gives_up_while_prefill_takes_it_up_fails_at_once(
     manager, _ = prefill
     manager.request_status.clear()
     manager.handle_frames([b"ABORT", str(ROOM).encode()])
-    assert manager.leases.failure(ROOM) == backend_prefill.GIVEN_UP_BY_DECODE
+    assert manager.leases.failure(ROOM) == prefill_end.GIVEN_UP_BY_DECODE

@@ -13,7 +13,7 @@ load_plugins()
 
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend  # noqa: E402
 
-from sglang_prefillshare.host.cpu_attention import run_sdpa_forward_decode, run_sdpa_forward_extend  # noqa: E402
+from sglang_prefillshare.host.cpu.attention import run_sdpa_forward_decode, run_sdpa_forward_extend  # noqa: E402
 
 HEADS, KV_HEADS, HEAD_DIM, SLOTS = 6, 2, 32, 3000
 

@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("sglang", reason="waits for SGLang: run `make setup`")
 
-from sglang_prefillshare.host import cpu_linear
-from sglang_prefillshare.host.cpu_linear import apply, compute_lm_head, forget_packed
+from sglang_prefillshare.host.cpu import linear as cpu_linear
+from sglang_prefillshare.host.cpu.linear import apply, compute_lm_head, forget_packed
 
 MARKER = torch.ones(1)
 # Sums of 96 products of about 1; bfloat16 has 8 bits.

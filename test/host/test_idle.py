@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("sglang", reason="waits for SGLang: run `make setup`")
 
-from sglang_prefillshare.host.idle import compute_in_whole_slices
+from sglang_prefillshare.host.cpu.idle import compute_in_whole_slices
 
 
 @pytest.mark.skipif(not hasattr(os, "SCHED_BATCH"), reason="waits for Linux: SCHED_BATCH is its own")

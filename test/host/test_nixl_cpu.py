@@ -12,7 +12,7 @@ pytestmark = pytest.mark.nixl
 
 PROGRAM = """
 import time
-from sglang_prefillshare.host.nixl_cpu import let_progress_thread_sleep
+from sglang_prefillshare.host.cpu.nixl import let_progress_thread_sleep
 {patch}
 from nixl._api import nixl_agent, nixl_agent_config
 agent = nixl_agent("idle", nixl_agent_config(backends=[]))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_prefillshare.host.provenance import Provenance
+from sglang_prefillshare.host.roles.provenance import Provenance
 
 
 @dataclass

@@ -34,9 +34,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from sglang_prefillshare.host.settings import BACKEND_NAME, RoleSettings, current_settings, publish
 from sglang_prefillshare.identity.fingerprint import BaseIdentity
 from sglang_prefillshare.protocol import Role
+from sglang_prefillshare.settings import BACKEND_NAME, RoleSettings, current_settings, publish
 
 if TYPE_CHECKING:
     import torch
@@ -458,7 +458,8 @@ class _Worker:
 
         from sglang.srt.disaggregation.utils import MetadataBuffers, ReqToMetadataIdxAllocator
 
-        from sglang_prefillshare.host import idle, wakeup
+        from sglang_prefillshare.host.cpu import idle
+        from sglang_prefillshare.host.transfer import wakeup
 
         self._copy_ns = _time_copies(pause_s=spec.copy_pause_s)
         self._pool = _make_pool(spec.shape)
@@ -749,7 +750,7 @@ def _make_manager(spec: Spec, pool: Any, metadata: Any) -> Any:
     from sglang.srt.disaggregation.utils import DisaggregationMode, setup_state_kv_args
     from sglang.srt.runtime_context import get_server_args
 
-    from sglang_prefillshare.host import handshake
+    from sglang_prefillshare.host.roles import handshake
 
     shape = spec.shape
     settings = current_settings()
@@ -773,7 +774,7 @@ def _make_manager(spec: Spec, pool: Any, metadata: Any) -> Any:
 
 def _why_unreachable(manager: Any, bootstrap_addr: str) -> str | None:
     """SGLang's first look at a prefill worker, or the reason why nothing can be had from it."""
-    from sglang_prefillshare.host import handshake
+    from sglang_prefillshare.host.roles import handshake
 
     if manager.try_ensure_parallel_info(bootstrap_addr):
         return None

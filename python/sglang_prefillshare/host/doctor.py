@@ -95,18 +95,19 @@ def _entry_points(console: Console) -> Iterator[str]:
 
 
 def _seams(console: Console) -> list[str]:
-    console.print("[italic]Seams[/italic] (where we hook SGLang, why, and when the hook can go)")
+    console.print("[italic]Seams[/italic] (where we hook SGLang, why, what the hook changes, and when it can go)")
     problems = []
-    for seam in seams.ALL:
-        try:
-            seams.check(seam)
-            state = "[green]ok[/green]"
-        except SeamError as error:
-            state = "[red]missing[/red]"
-            problems.append(str(error))
-        line = f"  {state}  {seam.target.removeprefix('sglang.srt.')} [dim]({seam.kind})[/dim]"
-        console.print(line, highlight=False, soft_wrap=True)
-        console.print(
-            f"      {seam.why}; retire when: {seam.retire_when}", style="dim", highlight=False, soft_wrap=True
-        )
+    for process, group in seams.BY_PROCESS.items():
+        console.print(f"  {process}")
+        for seam in group:
+            try:
+                seams.check(seam)
+                state = "[green]ok[/green]"
+            except SeamError as error:
+                state = "[red]missing[/red]"
+                problems.append(str(error))
+            line = f"    {state}  {seam.target.removeprefix('sglang.srt.')} [dim]({seam.kind})[/dim]"
+            console.print(line, highlight=False, soft_wrap=True)
+            text = f"        {seam.why}; changes: {seam.changes}; retire when: {seam.retire_when}"
+            console.print(text, style="dim", highlight=False, soft_wrap=True)
     return problems

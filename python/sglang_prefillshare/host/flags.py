@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from sglang_prefillshare.errors import ConfigError, PrefillShareError
-from sglang_prefillshare.host.settings import BACKEND_NAME, DEFAULT_LEASE_TIMEOUT_S, RoleSettings, publish
 from sglang_prefillshare.protocol import Role
+from sglang_prefillshare.settings import BACKEND_NAME, DEFAULT_LEASE_TIMEOUT_S, RoleSettings, publish
 
 _EXPLICIT: Final = "_prefill_share_explicit"
 _CUDA_ALLOC_CONF: Final = "PYTORCH_CUDA_ALLOC_CONF"
@@ -24,7 +24,7 @@ _CUDA_ALLOC_CONF: Final = "PYTORCH_CUDA_ALLOC_CONF"
 
 def add_cli_args(original: Callable[..., None], parser: argparse.ArgumentParser) -> None:
     """Hook on `ServerArgs.add_cli_args`."""
-    from sglang_prefillshare.host.backend_choice import offer_backend
+    from sglang_prefillshare.host.transfer.backend import offer_backend
 
     offer_backend()
     original(parser)

@@ -11,7 +11,7 @@ def register() -> None:
     """
     from sglang_prefillshare.errors import SeamError
     from sglang_prefillshare.host.seams import flag_seams, install, platform_seams, role_seams
-    from sglang_prefillshare.host.settings import current_settings
+    from sglang_prefillshare.settings import current_settings
 
     settings = current_settings()
     try:

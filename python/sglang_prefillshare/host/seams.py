@@ -1,7 +1,8 @@
-"""Every place where we reach into SGLang, in one table: what, why, and when it can go (contract 5).
+"""Every place where we reach into SGLang, in one table by process (contract 5).
 
-A seam is placed through SGLang's own hook registry, which logs failures and goes on. So each one is checked twice here:
-its parameters against those of the pinned SGLang before it is placed, and that it really is in place afterwards.
+Each says why, which of SGLang's state the hook changes, and when it can go. A seam is placed through SGLang's own hook
+registry, which logs failures and goes on. So each one is checked twice here: its parameters against those of the pinned
+SGLang before it is placed, and that it really is in place afterwards.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import inspect
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Final, Literal
 
 from sglang_prefillshare.errors import SeamError
-from sglang_prefillshare.host.settings import RoleSettings
 from sglang_prefillshare.protocol import Role
+from sglang_prefillshare.settings import RoleSettings
 
 SGLANG_VERSION: Final = "0.5.23"
 
@@ -32,7 +33,10 @@ class Seam:
     hook: str
     kind: Kind
     parameters: tuple[str, ...]
+    _: KW_ONLY
     why: str
+    changes: str
+    """Which of SGLang's state the hook changes, beyond letting the function run."""
     retire_when: str
 
     @property
@@ -66,192 +70,251 @@ _BATCH: Final = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _DECODE: Final = "sglang.srt.disaggregation.decode"
 _PREFILL: Final = "sglang.srt.disaggregation.prefill"
 _NOT_A_FIELD: Final = "ServerArgs can be extended by a plugin"
+_NOTHING: Final = "nothing"
 _FIRST_TOKEN: Final = "SGLang can leave the first token to the decode side"
 
-FLAGS: Final = (
-    Seam(f"{_ARGS}.add_cli_args", "flags:add_cli_args", "around", ("parser",), "our flags", _NOT_A_FIELD),
+LAUNCH: Final = (
+    Seam(
+        f"{_ARGS}.add_cli_args", "flags:add_cli_args", "around", ("parser",),
+        why="our flags", changes="the parser", retire_when=_NOT_A_FIELD,
+    ),
     Seam(
         f"{_ARGS}.from_cli_args", "flags:from_cli_args", "around", ("cls", "args"),
-        "a role fills in and checks SGLang's settings", _NOT_A_FIELD,
+        why="a role fills in and checks SGLang's settings", changes="the parsed arguments, before SGLang reads them",
+        retire_when=_NOT_A_FIELD,
     ),
 )  # fmt: skip
+"""The process that is started: its command line. Placed everywhere, role or not."""
 
-CPU: Final = (
+HTTP: Final = (
     Seam(
-        f"{_SCHEDULER}.on_idle", "idle:on_idle", "around", ("self",),
-        "wait for work instead of spinning", "--sleep-on-idle also wakes for KV transfers",
+        "sglang.srt.entrypoints.http_server._setup_and_run_http_server", "http.routes:setup_http_server", "around",
+        (
+            "server_args", "tokenizer_manager", "template_manager", "port_args", "scheduler_infos",
+            "subprocess_watchdog", "execute_warmup_func", "launch_callback",
+        ),
+        why="the worker's description, a leg's accounting, closed endpoints", changes="its app: a route, a middleware",
+        retire_when="plugins can add routes",
+    ),
+    Seam(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request", "http.routes:generate_request",
+        "around", ("self", "obj", "request"),
+        why="a leg's token counts", changes=_NOTHING, retire_when="plugins see a request's meta information",
+    ),
+    Seam(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
+        "http.requests:validate_one_request", "before", ("self", "obj", "input_ids"),
+        why="a clear 400 for what cannot be right", changes=_NOTHING, retire_when="plugins can validate requests",
+    ),
+)  # fmt: skip
+"""A worker's HTTP process, which tokenizes."""
+
+SCHEDULER: Final = (
+    Seam(
+        "sglang.srt.disaggregation.utils.get_kv_class", "transfer.backend:get_kv_class", "around",
+        ("transfer_backend", "class_type"),
+        why="our transfer backend's classes", changes=_NOTHING, retire_when="transfer backends can be registered",
+    ),
+    Seam(
+        f"{_SCHEDULER}.get_init_info", "http.routes:get_init_info", "after", ("self",),
+        why="the HTTP process must know the fingerprint and the pool's size", changes="its result: one key more",
+        retire_when="schedulers can publish plugin data",
+    ),
+)  # fmt: skip
+"""The scheduler of either role. (Prefill's HTTP process asks for the bootstrap server's class, too.)"""
+
+PREFILL_SCHEDULER: Final = (
+    Seam(
+        f"{_SCHEDULER}.init_disaggregation", "roles.prefill:init_disaggregation", "around", ("self",),
+        why="the role is known before the queues shake hands",
+        changes="attributes of ours on the scheduler, its tree and its metadata buffers",
+        retire_when="schedulers have a plugin hook before their queues",
+    ),
+    Seam(
+        f"{_SCHEDULER}._create_generation_req", "roles.prefill:create_generation_req", "around",
+        ("self", "recv_req", "args", "kwargs"),
+        why="x1..x(n-1) only, in the base's namespace, sampling neutral",
+        changes="the new request: ids, sampling parameters, extra_key",
+        retire_when="never: an extension point of SGLang's",
+    ),
+    Seam(
+        f"{_BATCH}.prepare_for_extend", "roles.prefill:prepare_for_extend", "around", ("self",),
+        why="stamp each KV slot with the module it is computed for", changes="a counter of ours on each request",
+        retire_when="the radix tree records who inserted a node",
+    ),
+    Seam(
+        "sglang.srt.disaggregation.utils.MetadataBuffers.set_buf", "roles.prefill:set_buf", "after", ("self", "req"),
+        why="the receipt travels with the KV",
+        changes="the row's unused words, its room (masked), the request's customized_info",
+        retire_when="handoffs carry a token digest and a model identity",
+    ),
+    Seam(
+        f"{_PREFILL}.PrefillBootstrapQueue._num_pages_to_send", "roles.prefill:num_pages_to_send", "around",
+        ("self", "req", "decode_prefix_len"),
+        why="what decode says it holds is checked", changes="a room that lies: failed", retire_when="SGLang checks it",
+    ),
+    Seam(
+        f"{_PREFILL}.PrefillBootstrapQueue._init_kv_manager", "roles.handshake:init_kv_manager", "around", ("self",),
+        why="the base's identity is in the handshake", changes="the module's get_pd_kv_layout, during the call",
+        retire_when="the handshake compares model identities",
+    ),
+)  # fmt: skip
+"""A prefill worker's scheduler."""
+
+DECODE_SCHEDULER: Final = (
+    Seam(
+        f"{_SCHEDULER}.init_disaggregation", "roles.decode:init_disaggregation", "around", ("self",),
+        why="the role is known before the queues shake hands", changes="an attribute of ours on the scheduler",
+        retire_when="schedulers have a plugin hook before their queues",
+    ),
+    Seam(
+        f"{_SCHEDULER}._create_generation_req", "roles.decode:create_generation_req", "around",
+        ("self", "recv_req", "args", "kwargs"),
+        why="the base's namespace", changes="the new request's extra_key",
+        retire_when="never: an extension point of SGLang's",
+    ),
+    Seam(
+        f"{_DECODE}.DecodePreallocQueue._pre_alloc_fill_len", "roles.decode:pre_alloc_fill_len", "around", ("req",),
+        why="room for n-1 tokens of KV", changes="its result", retire_when=_FIRST_TOKEN,
+    ),
+    Seam(
+        f"{_DECODE}.DecodePreallocQueue._rebootstrap_prefill_len", "roles.decode:pre_alloc_fill_len", "around",
+        ("req",),
+        why="ask prefill for n-1 tokens of KV", changes="its result", retire_when=_FIRST_TOKEN,
+    ),
+    Seam(
+        f"{_DECODE}.DecodePreallocQueue._check_if_req_exceed_kv_capacity", "roles.decode:exceeds_kv_capacity",
+        "around", ("self", "req"),
+        why="what never fits is refused instead of waiting for ever", changes="such a request: aborted",
+        retire_when="SGLang refuses it",
+    ),
+    Seam(
+        f"{_DECODE}.DecodePreallocQueue._match_prefix_and_lock", "roles.decode:match_prefix_and_lock", "around",
+        ("self", "req"),
+        why="decode's cache holds the KV of x1..x(n-1); xn is computed", changes="origin_input_ids, during the call",
+        retire_when=_FIRST_TOKEN,
+    ),
+    Seam(
+        f"{_DECODE}.DecodePreallocQueue._init_kv_manager", "roles.handshake:init_kv_manager", "around", ("self",),
+        why="the base's identity is in the handshake", changes="the module's get_pd_kv_layout, during the call",
+        retire_when="the handshake compares model identities",
+    ),
+    Seam(
+        f"{_DECODE}.DecodePreallocQueue._ensure_prefill_info", "roles.handshake:ensure_prefill_info", "around",
+        ("self", "addr_to_reqs"),
+        why="a refused prefill worker fails its requests at once",
+        changes="those requests' rooms: failed; retry counts",
+        retire_when="a handshake mismatch fails requests instead of the scheduler",
+    ),
+    Seam(
+        "sglang.srt.disaggregation.common.conn.CommonKVManager.try_ensure_parallel_info",
+        "roles.handshake:try_ensure_parallel_info", "around", ("self", "bootstrap_addr"),
+        why="a mismatch is a refusal, not a crash", changes="prefill_info_table: a refused worker is taken out",
+        retire_when="a handshake mismatch fails requests instead of the scheduler",
+    ),
+    Seam(
+        f"{_DECODE}.DecodeTransferQueue._commit_transfer_to_req", "roles.decode:commit_transfer_to_req", "around",
+        ("self", "decode_req"),
+        why="check the receipt, drop the token that prefill sampled",
+        changes="output_ids: without that token; a refused request: aborted; replay fields, during the call",
+        retire_when=_FIRST_TOKEN,
+    ),
+    Seam(
+        f"{_DECODE}.DecodeTransferQueue._abort_failed_transfer", "roles.decode:abort_failed_transfer", "around",
+        ("self", "decode_req"),
+        why="failed handoffs are counted", changes=_NOTHING, retire_when="SGLang counts handoffs by outcome",
+    ),
+    Seam(
+        f"{_BATCH}.prepare_for_prebuilt", "roles.decode:prepare_for_prebuilt", "around", ("self",),
+        why="the batch starts with n-1 tokens of KV", changes="already_computed; origin_input_ids, during the call",
+        retire_when=_FIRST_TOKEN,
+    ),
+    Seam(
+        f"{_BATCH}.process_prebuilt", "roles.decode:process_prebuilt", "around", ("self", "future_map"),
+        why="xn is the first input; no grammar sees it",
+        changes="skip_radix_cache_insert; grammar and output_ids, during the call", retire_when=_FIRST_TOKEN,
+    ),
+    Seam(
+        "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+        ".process_batch_result_prebuilt", "roles.decode:process_batch_result_prebuilt", "around", ("self", "batch"),
+        why="nothing is streamed or finished before y1", changes="the batch's requests, during the call",
+        retire_when=_FIRST_TOKEN,
+    ),
+    Seam(
+        f"{_BATCH}.cumulate_penalty_output_tokens", "roles.decode:cumulate_penalty_output_tokens", "around", ("self",),
+        why="xn is no output: penalties and min_new_tokens skip it", changes="the penalizers' rows: as before the call",
+        retire_when=_FIRST_TOKEN,
+    ),
+)  # fmt: skip
+"""A decode worker's scheduler."""
+
+CPU_SCHEDULER: Final = (
+    Seam(
+        f"{_SCHEDULER}.on_idle", "cpu.idle:on_idle", "around", ("self",),
+        why="wait for work instead of spinning", changes="an attribute of ours on the scheduler",
+        retire_when="--sleep-on-idle also wakes for KV transfers",
     ),
     Seam(
         "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_extend",
-        "cpu_attention:run_sdpa_forward_extend", "around",
+        "cpu.attention:run_sdpa_forward_extend", "around",
         (
             "self", "query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_indices", "seq_lens",
             "extend_prefix_lens", "extend_seq_lens", "encoder_lens", "scaling", "enable_gqa", "causal",
             "is_cross_attn", "sliding_window_size",
         ),
-        "a cached prefix costs no attention of its own again", "torch_native attends for the new tokens only",
+        why="a cached prefix costs no attention of its own again", changes="its output",
+        retire_when="torch_native attends for the new tokens only",
     ),
     Seam(
         "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend._run_sdpa_forward_decode",
-        "cpu_attention:run_sdpa_forward_decode", "around",
+        "cpu.attention:run_sdpa_forward_decode", "around",
         (
             "self", "query", "output", "k_cache", "v_cache", "req_to_token", "req_pool_indices", "seq_lens",
             "encoder_lens", "scaling", "enable_gqa", "causal", "is_cross_attn", "sliding_window_size",
         ),
-        "decode reads each row of the pool once", "torch_native gathers rows and groups heads",
+        why="decode reads each row of the pool once", changes="its output",
+        retire_when="torch_native gathers rows and groups heads",
     ),
     Seam(
-        "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply", "cpu_linear:apply", "around",
+        "sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply", "cpu.linear:apply", "around",
         ("self", "layer", "x", "bias"),
-        "products take half of the time", "SGLang packs weights for a CPU without sgl_kernel",
+        why="products take half of the time", changes="an attribute of ours on the weight: it, packed",
+        retire_when="SGLang packs weights for a CPU without sgl_kernel",
     ),
     Seam(
-        "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head", "cpu_linear:compute_lm_head", "around",
+        "sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head", "cpu.linear:compute_lm_head", "around",
         ("self", "hidden_states", "lm_head", "embedding_bias", "out"),
-        "the same for the logits", "the same",
+        why="the same for the logits", changes="the same on the head's weight", retire_when="the same",
     ),
     Seam(
         "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater._assert_weight_cache_inactive",
-        "cpu_linear:forget_packed", "before", ("self", "op"),
-        "weights that are updated in place are packed again", "the same",
+        "cpu.linear:forget_packed", "before", ("self", "op"),
+        why="weights that are updated in place are packed again", changes="those attributes: dropped",
+        retire_when="the same",
     ),
     Seam(
-        "sglang.srt.disaggregation.common.conn.CommonKVManager.__init__", "nixl_cpu:declare_host_memory", "before",
+        "sglang.srt.disaggregation.common.conn.CommonKVManager.__init__", "cpu.nixl:declare_host_memory", "before",
         ("self", "args", "disaggregation_mode", "server_args", "is_mla_backend"),
-        "NIXL would register the pool as GPU memory, and spin", "SGLang asks the pool where its memory is",
+        why="NIXL would register the pool as GPU memory, and spin",
+        changes="kv_data_mem_kinds; NIXL's agent configuration, for good",
+        retire_when="SGLang asks the pool where its memory is",
     ),
 )  # fmt: skip
+"""Any scheduler on a host without an accelerator, stock or with a role."""
 
-BOTH_ROLES: Final = (
-    Seam(
-        "sglang.srt.disaggregation.utils.get_kv_class", "backend_choice:get_kv_class", "around",
-        ("transfer_backend", "class_type"), "our transfer backend's classes", "transfer backends can be registered",
-    ),
-    Seam(
-        f"{_SCHEDULER}.get_init_info", "http_routes:get_init_info", "after", ("self",),
-        "the HTTP process must know the fingerprint and the pool's size", "schedulers can publish plugin data",
-    ),
-)  # fmt: skip
-
-HTTP: Final = (
-    Seam(
-        "sglang.srt.entrypoints.http_server._setup_and_run_http_server", "http_routes:setup_http_server", "around",
-        (
-            "server_args", "tokenizer_manager", "template_manager", "port_args", "scheduler_infos",
-            "subprocess_watchdog", "execute_warmup_func", "launch_callback",
-        ),
-        "the worker's description, a leg's accounting, closed endpoints", "plugins can add routes",
-    ),
-    Seam(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request", "http_routes:generate_request",
-        "around", ("self", "obj", "request"), "a leg's token counts", "plugins see a request's meta information",
-    ),
-    Seam(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
-        "requests:validate_one_request", "before", ("self", "obj", "input_ids"),
-        "a clear 400 for what cannot be right", "plugins can validate requests",
-    ),
-)  # fmt: skip
-
-PREFILL: Final = (
-    Seam(
-        f"{_SCHEDULER}.init_disaggregation", "prefill_role:init_disaggregation", "around", ("self",),
-        "the role is known before the queues shake hands", "schedulers have a plugin hook before their queues",
-    ),
-    Seam(
-        f"{_SCHEDULER}._create_generation_req", "prefill_role:create_generation_req", "around",
-        ("self", "recv_req", "args", "kwargs"), "x1..x(n-1) only, in the base's namespace, sampling neutral",
-        "never: an extension point of SGLang's",
-    ),
-    Seam(
-        f"{_BATCH}.prepare_for_extend", "prefill_role:prepare_for_extend", "around", ("self",),
-        "stamp each KV slot with the module it is computed for", "the radix tree records who inserted a node",
-    ),
-    Seam(
-        "sglang.srt.disaggregation.utils.MetadataBuffers.set_buf", "prefill_role:set_buf", "after", ("self", "req"),
-        "the receipt travels with the KV", "handoffs carry a token digest and a model identity",
-    ),
-    Seam(
-        f"{_PREFILL}.PrefillBootstrapQueue._num_pages_to_send", "prefill_role:num_pages_to_send", "around",
-        ("self", "req", "decode_prefix_len"), "what decode says it holds is checked", "SGLang checks it",
-    ),
-    Seam(
-        f"{_PREFILL}.PrefillBootstrapQueue._init_kv_manager", "handshake:init_kv_manager", "around", ("self",),
-        "the base's identity is in the handshake", "the handshake compares model identities",
-    ),
-)  # fmt: skip
-
-DECODE: Final = (
-    Seam(
-        f"{_SCHEDULER}.init_disaggregation", "decode_role:init_disaggregation", "around", ("self",),
-        "the role is known before the queues shake hands", "schedulers have a plugin hook before their queues",
-    ),
-    Seam(
-        f"{_SCHEDULER}._create_generation_req", "decode_role:create_generation_req", "around",
-        ("self", "recv_req", "args", "kwargs"), "the base's namespace", "never: an extension point of SGLang's",
-    ),
-    Seam(
-        f"{_DECODE}.DecodePreallocQueue._pre_alloc_fill_len", "decode_role:pre_alloc_fill_len", "around", ("req",),
-        "room for n-1 tokens of KV", _FIRST_TOKEN,
-    ),
-    Seam(
-        f"{_DECODE}.DecodePreallocQueue._rebootstrap_prefill_len", "decode_role:pre_alloc_fill_len", "around",
-        ("req",), "ask prefill for n-1 tokens of KV", _FIRST_TOKEN,
-    ),
-    Seam(
-        f"{_DECODE}.DecodePreallocQueue._check_if_req_exceed_kv_capacity", "decode_role:exceeds_kv_capacity", "around",
-        ("self", "req"), "what never fits is refused instead of waiting for ever", "SGLang refuses it",
-    ),
-    Seam(
-        f"{_DECODE}.DecodePreallocQueue._match_prefix_and_lock", "decode_role:match_prefix_and_lock", "around",
-        ("self", "req"), "decode's cache holds the KV of x1..x(n-1); xn is computed", _FIRST_TOKEN,
-    ),
-    Seam(
-        f"{_DECODE}.DecodePreallocQueue._init_kv_manager", "handshake:init_kv_manager", "around", ("self",),
-        "the base's identity is in the handshake", "the handshake compares model identities",
-    ),
-    Seam(
-        f"{_DECODE}.DecodePreallocQueue._ensure_prefill_info", "handshake:ensure_prefill_info", "around",
-        ("self", "addr_to_reqs"), "a refused prefill worker fails its requests at once",
-        "a handshake mismatch fails requests instead of the scheduler",
-    ),
-    Seam(
-        "sglang.srt.disaggregation.common.conn.CommonKVManager.try_ensure_parallel_info",
-        "handshake:try_ensure_parallel_info", "around", ("self", "bootstrap_addr"),
-        "a mismatch is a refusal, not a crash", "a handshake mismatch fails requests instead of the scheduler",
-    ),
-    Seam(
-        f"{_DECODE}.DecodeTransferQueue._commit_transfer_to_req", "decode_role:commit_transfer_to_req", "around",
-        ("self", "decode_req"), "check the receipt, drop the token that prefill sampled", _FIRST_TOKEN,
-    ),
-    Seam(
-        f"{_DECODE}.DecodeTransferQueue._abort_failed_transfer", "decode_role:abort_failed_transfer", "around",
-        ("self", "decode_req"), "failed handoffs are counted", "SGLang counts handoffs by outcome",
-    ),
-    Seam(
-        f"{_BATCH}.prepare_for_prebuilt", "decode_role:prepare_for_prebuilt", "around", ("self",),
-        "the batch starts with n-1 tokens of KV", _FIRST_TOKEN,
-    ),
-    Seam(
-        f"{_BATCH}.process_prebuilt", "decode_role:process_prebuilt", "around", ("self", "future_map"),
-        "xn is the first input; no grammar sees it", _FIRST_TOKEN,
-    ),
-    Seam(
-        "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
-        ".process_batch_result_prebuilt", "decode_role:process_batch_result_prebuilt", "around", ("self", "batch"),
-        "nothing is streamed or finished before y1", _FIRST_TOKEN,
-    ),
-    Seam(
-        f"{_BATCH}.cumulate_penalty_output_tokens", "decode_role:cumulate_penalty_output_tokens", "around", ("self",),
-        "xn is no output: penalties and min_new_tokens skip it", _FIRST_TOKEN,
-    ),
-)  # fmt: skip
-
-ALL: Final = (*FLAGS, *CPU, *BOTH_ROLES, *HTTP, *PREFILL, *DECODE)
+BY_PROCESS: Final = {
+    "the process that is started": LAUNCH,
+    "a worker's HTTP process": HTTP,
+    "a scheduler with a role": SCHEDULER,
+    "a prefill worker's scheduler": PREFILL_SCHEDULER,
+    "a decode worker's scheduler": DECODE_SCHEDULER,
+    "any scheduler on a host without an accelerator": CPU_SCHEDULER,
+}
+ALL: Final = tuple(seam for group in BY_PROCESS.values() for seam in group)
 
 
 def flag_seams() -> tuple[Seam, ...]:
-    return FLAGS
+    return LAUNCH
 
 
 def platform_seams() -> tuple[Seam, ...]:
@@ -259,16 +322,16 @@ def platform_seams() -> tuple[Seam, ...]:
     from sglang.srt.platforms import current_platform
 
     is_ours = type(current_platform).__module__.startswith("sglang_prefillshare.")
-    return CPU if is_ours and _SCHEDULER.rpartition(".")[0] in sys.modules else ()
+    return CPU_SCHEDULER if is_ours and _SCHEDULER.rpartition(".")[0] in sys.modules else ()
 
 
 def role_seams(settings: RoleSettings) -> tuple[Seam, ...]:
     """The seams of a role in this process; a child process gets those whose modules it has loaded."""
-    from sglang_prefillshare.host.backend_choice import offer_backend
+    from sglang_prefillshare.host.transfer.backend import offer_backend
 
     offer_backend()
-    own = PREFILL if settings.role is Role.PREFILL else DECODE
-    seams = (*BOTH_ROLES, *HTTP, *own)
+    own = PREFILL_SCHEDULER if settings.role is Role.PREFILL else DECODE_SCHEDULER
+    seams = (*HTTP, *SCHEDULER, *own)
     if _is_child_process():
         seams = tuple(seam for seam in seams if seam.module in sys.modules)
     return seams

@@ -7,7 +7,7 @@ them later.
 
 SGLang's `Common*` classes keep the bootstrap, the rooms and the failure records. `handoff/lease.py` has the rules of
 lending and claiming. This module has what both ends share: the control socket, and the watch over the peers' lives,
-through their pidfds. `backend_prefill.py` and `backend_decode.py` are the two ends.
+through their pidfds. `prefill_end.py` and `decode_end.py` are the two ends, `backend.py` tells SGLang of them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sglang_prefillshare.handoff import messages
 from sglang_prefillshare.handoff.geometry import KVGeometry
 from sglang_prefillshare.handoff.memory import process_start
 from sglang_prefillshare.handoff.pool import PoolView
-from sglang_prefillshare.host import wakeup
+from sglang_prefillshare.host.transfer import wakeup
 
 logger = logging.getLogger(__name__)
 
@@ -169,17 +169,6 @@ class PrefillShareKVManager(CommonKVManager):
 
 class PrefillShareKVBootstrapServer(CommonKVBootstrapServer):
     """SGLang's bootstrap server, unchanged."""
-
-
-def create_manager(
-    args: KVArgs, disaggregation_mode: DisaggregationMode, server_args: Any, is_mla_backend: bool = False
-) -> PrefillShareKVManager:
-    """The end that a worker's disaggregation mode asks for."""
-    from sglang_prefillshare.host.backend_decode import DecodeKVManager
-    from sglang_prefillshare.host.backend_prefill import PrefillKVManager
-
-    end = PrefillKVManager if disaggregation_mode == DisaggregationMode.PREFILL else DecodeKVManager
-    return end(args, disaggregation_mode, server_args, is_mla_backend)
 
 
 def _bytes_at(pointer: int, length: int) -> npt.NDArray[np.uint8]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from sglang_prefillshare.host import torchvision_standin
+from sglang_prefillshare.host.cpu import torchvision_standin
 
 
 def activate() -> str | None:
@@ -19,7 +19,7 @@ def activate() -> str | None:
     torchvision_standin.install_if_absent()
     # SGLang's loop over several OpenMP threads stalls at barriers when processes share cores.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return "sglang_prefillshare.host.cpu_platform.CpuPlatform"
+    return "sglang_prefillshare.host.cpu.platform.CpuPlatform"
 
 
 def _has_accelerator() -> bool:

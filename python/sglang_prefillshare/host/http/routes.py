@@ -9,9 +9,8 @@ from contextvars import ContextVar
 from typing import Any, Final
 
 import sglang_prefillshare
-from sglang_prefillshare.host.prefill_role import REPORT_KEY
-from sglang_prefillshare.host.role import SchedulerRole, role_of
-from sglang_prefillshare.host.settings import current_settings
+from sglang_prefillshare.host.roles.prefill import REPORT_KEY
+from sglang_prefillshare.host.roles.role import SchedulerRole, role_of
 from sglang_prefillshare.protocol import (
     BOUNDARY_RULE,
     CACHED_TOKENS_HEADER,
@@ -21,6 +20,7 @@ from sglang_prefillshare.protocol import (
     Role,
     WorkerInfo,
 )
+from sglang_prefillshare.settings import current_settings
 
 INIT_INFO_KEY: Final = "prefill_share"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_prefillshare.host.settings import BACKEND_NAME
+from sglang_prefillshare.settings import BACKEND_NAME
 
 
 def offer_backend() -> None:
@@ -29,9 +29,9 @@ def get_kv_class(original: Callable[..., Any], transfer_backend: Any, class_type
     """Hook on SGLang's table of backend classes."""
     if transfer_backend.value != BACKEND_NAME:
         return original(transfer_backend, class_type)
-    from sglang_prefillshare.host.backend import PrefillShareKVBootstrapServer, create_manager
-    from sglang_prefillshare.host.backend_decode import PrefillShareKVReceiver
-    from sglang_prefillshare.host.backend_prefill import PrefillShareKVSender
+    from sglang_prefillshare.host.transfer.decode_end import PrefillShareKVReceiver
+    from sglang_prefillshare.host.transfer.manager import PrefillShareKVBootstrapServer
+    from sglang_prefillshare.host.transfer.prefill_end import PrefillShareKVSender
 
     classes: dict[str, Any] = {
         "manager": create_manager,
@@ -40,3 +40,14 @@ def get_kv_class(original: Callable[..., Any], transfer_backend: Any, class_type
         "bootstrap_server": PrefillShareKVBootstrapServer,
     }
     return classes.get(class_type.value) or original(transfer_backend, class_type)
+
+
+def create_manager(args: Any, disaggregation_mode: Any, server_args: Any, is_mla_backend: bool = False) -> Any:
+    """The end that a worker's disaggregation mode asks for."""
+    from sglang.srt.disaggregation.utils import DisaggregationMode
+
+    from sglang_prefillshare.host.transfer.decode_end import DecodeKVManager
+    from sglang_prefillshare.host.transfer.prefill_end import PrefillKVManager
+
+    end = PrefillKVManager if disaggregation_mode == DisaggregationMode.PREFILL else DecodeKVManager
+    return end(args, disaggregation_mode, server_args, is_mla_backend)

@@ -12,7 +12,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-from sglang_prefillshare.host.settings import current_settings
+from sglang_prefillshare.settings import current_settings
 
 DEFAULT_MAX_TOTAL_TOKENS = 32_768
 """KV pool of a CPU server when nobody said otherwise; SGLang's own default would take most of the RAM."""
@@ -41,7 +41,7 @@ class CpuPlatform(SRTPlatform, CpuDeviceMixin):
         """A KV pool in shared memory where our own backend hands KV out; SGLang's pool everywhere else."""
         settings = current_settings()
         if kind == "mha" and settings is not None and settings.shares_kv_pool:
-            from sglang_prefillshare.host.shared_pool import SharedMHATokenToKVPool
+            from sglang_prefillshare.host.cpu.shared_pool import SharedMHATokenToKVPool
 
             return SharedMHATokenToKVPool
         return None

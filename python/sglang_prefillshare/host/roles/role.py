@@ -7,10 +7,18 @@ from typing import Any, Final
 
 from sglang_prefillshare.errors import HandoffError, SeamError
 from sglang_prefillshare.handoff.receipt import Receipt
-from sglang_prefillshare.host.settings import RoleSettings, current_settings
 from sglang_prefillshare.protocol import Role
+from sglang_prefillshare.settings import RoleSettings, current_settings
+
+MIN_PROMPT_TOKENS: Final = 2
+FAKE_BOOTSTRAP_HOST: Final = "2.2.2.2"
+"""SGLang's own health checks and warm-up name this host: they move no KV and are left as they are."""
 
 _ATTRIBUTE: Final = "_prefill_share_role"
+
+
+def is_fake_transfer(request: Any) -> bool:
+    return bool(request.bootstrap_host == FAKE_BOOTSTRAP_HOST)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 import zmq
 
-from sglang_prefillshare.host import wakeup
-from sglang_prefillshare.host.settings import BACKEND_NAME
+from sglang_prefillshare.host.transfer import wakeup
+from sglang_prefillshare.settings import BACKEND_NAME
 
 IDLE_POLL_MS: Final = 500
 """Nothing is pending: housekeeping runs this often, requests still wake the loop at once."""

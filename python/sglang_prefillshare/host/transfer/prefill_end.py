@@ -22,9 +22,9 @@ from sglang_prefillshare.handoff.lease import LeaseBook, Loan, Wanted
 from sglang_prefillshare.handoff.lease_table import LeaseTable
 from sglang_prefillshare.handoff.memory import SharedRegion, process_start
 from sglang_prefillshare.handoff.pool import PageList
-from sglang_prefillshare.host import handoff_metrics
-from sglang_prefillshare.host.backend import ABORT_TAG, PrefillShareKVManager
-from sglang_prefillshare.host.settings import lease_timeout_s
+from sglang_prefillshare.host.transfer import metrics as handoff_metrics
+from sglang_prefillshare.host.transfer.manager import ABORT_TAG, PrefillShareKVManager
+from sglang_prefillshare.settings import lease_timeout_s
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_prefillshare.handoff.receipt import FIRST_SLOT, ROOM_MASK
-from sglang_prefillshare.host import handoff_metrics
-from sglang_prefillshare.host.provenance import Provenance
-from sglang_prefillshare.host.requests import MIN_PROMPT_TOKENS, is_fake_transfer
-from sglang_prefillshare.host.role import attach_role, refuse_unsupported_pool, role_of
+from sglang_prefillshare.host.roles.provenance import Provenance
+from sglang_prefillshare.host.roles.role import (
+    MIN_PROMPT_TOKENS,
+    attach_role,
+    is_fake_transfer,
+    refuse_unsupported_pool,
+    role_of,
+)
+from sglang_prefillshare.host.transfer import metrics as handoff_metrics
 
 REPORT_KEY = "prefill_share"
 """Key of a prefill leg's meta information; its one value is [cross_model_cached_tokens]."""

@@ -15,9 +15,14 @@ from typing import Any
 
 from sglang_prefillshare.errors import HandoffError
 from sglang_prefillshare.handoff.receipt import FIRST_SLOT, ROOM_MASK, Receipt
-from sglang_prefillshare.host import handoff_metrics
-from sglang_prefillshare.host.requests import MIN_PROMPT_TOKENS, is_fake_transfer
-from sglang_prefillshare.host.role import attach_role, refuse_unsupported_pool, role_of
+from sglang_prefillshare.host.roles.role import (
+    MIN_PROMPT_TOKENS,
+    attach_role,
+    is_fake_transfer,
+    refuse_unsupported_pool,
+    role_of,
+)
+from sglang_prefillshare.host.transfer import metrics as handoff_metrics
 
 
 def awaits_first_token(req: Any) -> bool:

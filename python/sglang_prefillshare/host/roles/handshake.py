@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from sglang_prefillshare.host.role import role_of
+from sglang_prefillshare.host.roles.role import role_of
 
 LAYOUT_PREFIX = "prefillshare:"
 

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-MIN_PROMPT_TOKENS: Final = 2
-FAKE_BOOTSTRAP_HOST: Final = "2.2.2.2"
-"""SGLang's own health checks and warm-up name this host: they move no KV and are left as they are."""
-
-
-def is_fake_transfer(request: Any) -> bool:
-    return bool(request.bootstrap_host == FAKE_BOOTSTRAP_HOST)
+from sglang_prefillshare.host.roles.role import MIN_PROMPT_TOKENS, is_fake_transfer
 
 
 def validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:

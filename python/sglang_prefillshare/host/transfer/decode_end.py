@@ -23,8 +23,8 @@ from sglang_prefillshare.handoff.lease import ClaimBook
 from sglang_prefillshare.handoff.lease_table import LeaseMark, LeaseView
 from sglang_prefillshare.handoff.memory import RegionHandle, SharedRegion, process_start
 from sglang_prefillshare.handoff.pool import PageList, PoolView
-from sglang_prefillshare.host import handoff_metrics
-from sglang_prefillshare.host.backend import PrefillShareKVManager
+from sglang_prefillshare.host.transfer import metrics as handoff_metrics
+from sglang_prefillshare.host.transfer.manager import PrefillShareKVManager
 
 if TYPE_CHECKING:
     from sglang_prefillshare.handoff.device_copy import DeviceCopier
