@@ -114,7 +114,6 @@ def test_the_twin_answers_as_a_plain_server(deployment: Deployment, plain_server
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "one token": ("/generate", {"input_ids": [70], "sampling_params": {"max_new_tokens": 4}}, "at least 2"),
     "no prompt": ("/generate", {"text": "", "sampling_params": {"max_new_tokens": 4}}, "empty"),
     "two samples": (*generate(n=2), "n times"),
     "prompt log-probabilities": (*generate(top={"return_logprob": True, "logprob_start_len": 0}), "base's"),

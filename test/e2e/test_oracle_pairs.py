@@ -15,7 +15,7 @@ from test.support.oracle import Oracle, clear_prompt
 from test.support.servers import greedy, post, post_pair, session
 
 NEW_TOKENS = 16
-LENGTHS = (2, 3, 17, 64, 255, 700, 1500)
+LENGTHS = (1, 2, 3, 17, 64, 255, 700, 1500)
 
 
 @pytest.fixture(scope="module")

@@ -102,9 +102,16 @@ HTTP: Final = (
         why="a leg's token counts", changes=_NOTHING, retire_when="plugins see a request's meta information",
     ),
     Seam(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._tokenize_texts", "http.requests:tokenize_texts",
+        "around", ("self", "texts", "is_cross_encoder"),
+        why="a long text of one client holds nobody up", changes=_NOTHING,
+        retire_when="SGLang tokenizes beside its event loop for every endpoint",
+    ),
+    Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
         "http.requests:validate_one_request", "before", ("self", "obj", "input_ids"),
-        why="a clear 400 for what cannot be right", changes=_NOTHING, retire_when="plugins can validate requests",
+        why="a clear 400 for what cannot be right; a prompt of one token waits for nobody",
+        changes="bootstrap_host of such a prompt", retire_when="plugins can validate requests",
     ),
 )  # fmt: skip
 """A worker's HTTP process, which tokenizes."""

@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
-from sglang_prefillshare.host.roles.role import MIN_PROMPT_TOKENS, is_fake_transfer
+from sglang_prefillshare.host.roles.role import FAKE_BOOTSTRAP_HOST, is_fake_transfer, needs_no_base_kv
+
+LONG_TEXT_CHARS: Final = 16_384
+"""A text from this length on is tokenized in a thread: it takes ten milliseconds and more, and everybody would wait."""
+
+
+async def tokenize_texts(
+    original: Callable[..., Awaitable[Any]], self: Any, texts: Any, is_cross_encoder: bool = False
+) -> Any:
+    """Tokenize long texts beside the event loop, as SGLang does for chats. (The tokenizer releases Python's lock.)"""
+    length = sum(map(len, texts)) if isinstance(texts, list) else len(texts or "")
+    if length < LONG_TEXT_CHARS or self.async_dynamic_batch_tokenizer is not None:
+        return await original(self, texts, is_cross_encoder)
+    return await asyncio.to_thread(asyncio.run, _awaited(original(self, texts, is_cross_encoder)))
+
+
+async def _awaited(answer: Awaitable[Any]) -> Any:
+    return await answer
 
 
 def validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
-    """Refuse what the split of base and decode module cannot answer rightly. SGLang turns `ValueError` into a 400."""
+    """Refuse what the split of base and decode module cannot answer rightly. SGLang turns `ValueError` into a 400.
+
+    A prompt of one token needs nothing of the base: both sides see that for themselves, and wait for nobody.
+    """
     if is_fake_transfer(obj):
         return
     if obj.input_embeds is not None:
         raise ValueError("input_embeds is not supported with PrefillShare: send text or input_ids.")
-    if len(input_ids) < MIN_PROMPT_TOKENS:
-        raise ValueError(
-            f"the prompt has {len(input_ids)} token(s), PrefillShare needs at least {MIN_PROMPT_TOKENS}: the base "
-            "prefills all but the last one, which the decode module takes. Send a longer prompt."
-        )
+    if not len(input_ids):
+        raise ValueError("the prompt has no token. Send at least one.")
     sampling = obj.sampling_params or {}
     if int(sampling.get("n") or 1) > 1:
         raise ValueError(
@@ -35,6 +54,8 @@ def validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
     for name, reason in _REFUSED_FIELDS.items():
         if getattr(obj, name, None):
             raise ValueError(f"{name} is not supported with PrefillShare: {reason}")
+    if needs_no_base_kv(input_ids):
+        obj.bootstrap_host = FAKE_BOOTSTRAP_HOST
 
 
 _REFUSED_FIELDS: Final = {

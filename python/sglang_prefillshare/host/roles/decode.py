@@ -16,9 +16,10 @@ from typing import Any
 from sglang_prefillshare.errors import HandoffError
 from sglang_prefillshare.handoff.receipt import FIRST_SLOT, ROOM_MASK, Receipt
 from sglang_prefillshare.host.roles.role import (
-    MIN_PROMPT_TOKENS,
+    NO_BASE,
     attach_role,
     is_fake_transfer,
+    needs_no_base_kv,
     refuse_unsupported_pool,
     role_of,
 )
@@ -26,8 +27,9 @@ from sglang_prefillshare.host.transfer import metrics as handoff_metrics
 
 
 def awaits_first_token(req: Any) -> bool:
-    """A request that holds x1..x(n-1) and has generated nothing: xn is its next input."""
-    return not is_fake_transfer(req) and len(req.output_ids) == 0 and len(req.origin_input_ids) >= MIN_PROMPT_TOKENS
+    """A request that holds x1..x(n-1) and has generated nothing: xn is its next input. Of one token it holds none."""
+    is_ours = not is_fake_transfer(req) or needs_no_base_kv(req.origin_input_ids)
+    return is_ours and len(req.output_ids) == 0
 
 
 def init_disaggregation(original: Callable[..., None], self: Any) -> None:
@@ -41,9 +43,11 @@ def init_disaggregation(original: Callable[..., None], self: Any) -> None:
 
 
 def create_generation_req(original: Callable[..., Any], self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
-    """Key the request by the base's identity, as prefill does; a client's own `extra_key` has no say in it."""
-    if not is_fake_transfer(recv_req):
-        kwargs["extra_key"] = role_of(self).namespace
+    """Key the request by the base's identity, as prefill does; a client's own `extra_key` has no say in it.
+
+    What moves no KV has none of the base's, and must not be able to say that it has.
+    """
+    kwargs["extra_key"] = NO_BASE if is_fake_transfer(recv_req) else role_of(self).namespace
     return original(self, recv_req, *args, **kwargs)
 
 
@@ -95,6 +99,10 @@ def commit_transfer_to_req(original: Callable[..., None], self: Any, decode_req:
         original(self, decode_req)
         return
     buffers, index = self.metadata_buffers, decode_req.metadata_buffer_index
+    if needs_no_base_kv(req.origin_input_ids):
+        buffers.cached_tokens[index] = 0  # nobody wrote into this row: it is another request's
+        _commit_without_token(original, self, decode_req)
+        return
     try:
         receipt = Receipt.from_words(buffers.cached_tokens[index, FIRST_SLOT:].tolist())
         receipt.check(role_of(self.scheduler).receipt(req.origin_input_ids[:-1], cross_model_tokens=0))
@@ -104,6 +112,11 @@ def commit_transfer_to_req(original: Callable[..., None], self: Any, decode_req:
         return
     _count(self, decode_req, "ok")
     buffers.bootstrap_room[index, 0] = int(buffers.bootstrap_room[index, 0]) ^ ROOM_MASK
+    _commit_without_token(original, self, decode_req)
+
+
+def _commit_without_token(original: Callable[..., None], self: Any, decode_req: Any) -> None:
+    req = decode_req.req
     # SGLang's replay of a known token skips everything that belongs to a token sampled by prefill: its log-probability,
     # its sampling mask and its place in a reasoning section. xn is such a token, and then it is taken off again.
     was_rebootstrap, decode_req.is_rebootstrap = decode_req.is_rebootstrap, True

@@ -11,7 +11,7 @@ from typing import Any
 from sglang_prefillshare.handoff.receipt import FIRST_SLOT, ROOM_MASK
 from sglang_prefillshare.host.roles.provenance import Provenance
 from sglang_prefillshare.host.roles.role import (
-    MIN_PROMPT_TOKENS,
+    NO_BASE,
     attach_role,
     is_fake_transfer,
     refuse_unsupported_pool,
@@ -36,9 +36,8 @@ def init_disaggregation(original: Callable[..., None], self: Any) -> None:
 def create_generation_req(original: Callable[..., Any], self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
     """Cut the prompt to x1..x(n-1), drop all that only sampling needs, and key it by the base's identity."""
     if is_fake_transfer(recv_req):
-        return original(self, recv_req, *args, **kwargs)
+        return original(self, recv_req, *args, **{**kwargs, "extra_key": NO_BASE})
     rid, text, input_ids, _sampling = args
-    too_short = input_ids is None or len(input_ids) < MIN_PROMPT_TOKENS
     recv_req.return_logprob = False
     recv_req.logprob_start_len = -1
     recv_req.return_sampling_mask = False
@@ -53,11 +52,7 @@ def create_generation_req(original: Callable[..., Any], self: Any, recv_req: Any
         return_hidden_states=False,
         extra_key=role_of(self).namespace,
     )
-    prompt = input_ids if too_short else input_ids[:-1]
-    req = original(self, recv_req, rid, text, prompt, _neutral_sampling(self), **kwargs)
-    if too_short:
-        req.set_finish_with_abort(f"the prompt has {len(prompt or ())} tokens; PrefillShare needs at least two.")
-    return req
+    return original(self, recv_req, rid, text, input_ids[:-1], _neutral_sampling(self), **kwargs)
 
 
 def num_pages_to_send(original: Callable[..., int], self: Any, req: Any, decode_prefix_len: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -10,15 +11,23 @@ from sglang_prefillshare.handoff.receipt import Receipt
 from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.settings import RoleSettings, current_settings
 
-MIN_PROMPT_TOKENS: Final = 2
 FAKE_BOOTSTRAP_HOST: Final = "2.2.2.2"
-"""SGLang's own health checks and warm-up name this host: they move no KV and are left as they are."""
+"""SGLang's own health checks and warm-up name this host: they move no KV. So does a prompt of one token, which needs
+none of the base's (`needs_no_base_kv`); everything else that names it is left as it is."""
+
+NO_BASE: Final = "prefillshare:none"
+"""The radix namespace of such requests: it holds nobody's KV that anybody may use."""
 
 _ATTRIBUTE: Final = "_prefill_share_role"
 
 
 def is_fake_transfer(request: Any) -> bool:
     return bool(request.bootstrap_host == FAKE_BOOTSTRAP_HOST)
+
+
+def needs_no_base_kv(prompt_ids: Sequence[int]) -> bool:
+    """Whether a prompt is x1 alone: the base computes the KV of x1..x(n-1), which is nothing (contract 1)."""
+    return len(prompt_ids) == 1
 
 
 @dataclass(frozen=True, slots=True)
