@@ -15,6 +15,14 @@ from typing import Any, Final
 
 PACKAGES: Final = ("sglang-prefillshare", "sglang", "torch", "transformers", "numpy")
 
+CPUINFO = Path("/proc/cpuinfo")
+BFLOAT16_FEATURES: Final = frozenset({"avx512_bf16", "amx_bf16", "bf16"})
+"""Any of them is a CPU with products of bfloat16 numbers: two of x86, one of ARM."""
+INSTRUCTION_SETS: Final = (
+    *("avx2", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16"),
+    *("asimd", "sve", "bf16", "svebf16"),
+)
+
 
 def describe_environment(packages: Sequence[str] = PACKAGES, *, device: str = "cpu") -> dict[str, Any]:
     """`command`, `commit`, `date`, `versions` by package and `device`, all of the running process."""
@@ -52,12 +60,39 @@ def describe_device(device: str = "cpu") -> dict[str, Any]:
 
         name = torch.cuda.get_device_name(device)
         return {"kind": device, "name": name, "cuda": torch.version.cuda, "cpu_count": os.cpu_count()}
-    return {"kind": "cpu", "name": _cpu_name(), "cpu_count": os.cpu_count()}
+    return {
+        "kind": "cpu",
+        "name": _cpuinfo("model name") or platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "instruction_sets": instruction_sets(),
+        "has_bfloat16": cpu_has_bfloat16(),
+    }
 
 
-def _cpu_name() -> str:
+def instruction_sets() -> list[str]:
+    """What of this CPU decides how fast its products are, by the kernel's names for it; empty where it names none."""
+    features = cpu_features()
+    return [name for name in INSTRUCTION_SETS if name in features]
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 itself. Elsewhere float32 is several times faster.
+
+    torch's `_is_mkldnn_bf16_supported` says yes on any AVX-512, where oneDNN only emulates it.
+    """
+    return not BFLOAT16_FEATURES.isdisjoint(cpu_features())
+
+
+def cpu_features() -> frozenset[str]:
+    """The CPU's features as Linux spells them (`flags` on x86, `Features` on ARM); none on other systems."""
+    return frozenset((_cpuinfo("flags") or _cpuinfo("Features") or "").split())
+
+
+def _cpuinfo(key: str) -> str | None:
+    """The first processor's."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = CPUINFO.read_text().splitlines()
     except OSError:
-        return platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return None
+    pairs = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in pairs if name.strip() == key), None)
