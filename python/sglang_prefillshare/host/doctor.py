@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sglang_prefillshare
+from sglang_prefillshare.environment import cpu_has_bfloat16, instruction_sets
 from sglang_prefillshare.errors import PrefillShareError, SeamError
 from sglang_prefillshare.handoff.cuda_memory import CudaAllocations
 from sglang_prefillshare.host import seams
@@ -64,7 +65,9 @@ def _device() -> str:
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}, CUDA {torch.version.cuda}"
     cores = len(os.sched_getaffinity(0))
-    return f"CPU, {cores} cores ({platform.machine()})"
+    abilities = ", ".join(instruction_sets()) or "no instruction set that we know"
+    dtype = "bfloat16 or float32" if cpu_has_bfloat16() else "float32: it has no bfloat16 of its own"
+    return f"CPU, {cores} cores ({platform.machine()}; {abilities}); computes in {dtype}"
 
 
 def _handoff() -> str:

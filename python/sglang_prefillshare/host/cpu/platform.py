@@ -6,15 +6,20 @@ are left alone; defaults that assume a GPU are not.
 
 from __future__ import annotations
 
-from typing import Any
+import sys
+from typing import Any, Final
 
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+from sglang_prefillshare.environment import cpu_has_bfloat16
 from sglang_prefillshare.settings import current_settings
 
-DEFAULT_MAX_TOTAL_TOKENS = 32_768
+NO_BFLOAT16: Final = (
+    "this CPU has no bfloat16 of its own, its products would be 3 to 6 times slower: the model runs in float32."
+)
+DEFAULT_MAX_TOTAL_TOKENS: Final = 32_768
 """KV pool of a CPU server when nobody said otherwise; SGLang's own default would take most of the RAM."""
 
 
@@ -57,3 +62,6 @@ class CpuPlatform(SRTPlatform, CpuDeviceMixin):
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = DEFAULT_MAX_TOTAL_TOKENS
         server_args.disable_overlap_schedule = True
+        if server_args.dtype == "auto" and not cpu_has_bfloat16():
+            server_args.dtype = "float32"
+            print(f"prefillshare: {NO_BFLOAT16} --dtype bfloat16 halves the memory.", file=sys.stderr)
