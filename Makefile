@@ -1,6 +1,6 @@
 # `make` lists what there is to do.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow soak figure2 table1 lint fmt bench-training bench-handoff bench-router bench-idle bench-serving bench-smoke clean
+.PHONY: help setup demo test test-slow test-gpu soak figure2 table1 lint fmt bench-training bench-handoff bench-router bench-idle bench-serving bench-smoke clean
 
 PYTHON := .venv/bin/python
 # Several processes of several OpenMP threads each stall one another on a small machine.
@@ -20,6 +20,9 @@ test: setup ## Run the tests, on real SGLang servers with tiny models (about 10 
 
 test-slow: setup ## Run every test, the full oracle set too (about 30 minutes)
 	@$(PYTHON) -m pytest -q test
+
+test-gpu: setup ## Run on this machine's GPU all that only a GPU can show, and what runs on both; says what it skipped and why
+	@$(PYTHON) -m pytest -q -rs -m "(gpu or devices) and not slow" test
 
 soak: setup ## Make 10,000 handoffs and 500 requests with faults: nothing may be wrong, leak or hang (about 5 minutes)
 	@$(PYTHON) test/soak/run.py

@@ -6,10 +6,14 @@ import asyncio
 import itertools
 from typing import Any
 
+import pytest
+
 from sglang_prefillshare.deployment import Deployment
 from sglang_prefillshare.protocol import CACHED_TOKENS_HEADER, CROSS_MODEL_HEADER, PROMPT_TOKENS_HEADER
 from test.support.models import sample_prompt
 from test.support.servers import greedy, pairing, post, session, until_idle
+
+pytestmark = pytest.mark.devices
 
 
 def test_a_session_prefills_its_context_once(deployment: Deployment) -> None:

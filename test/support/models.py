@@ -28,6 +28,7 @@ from transformers import (
 
 from sglang_prefillshare.identity.fingerprint import identify_base
 from sglang_prefillshare.identity.manifest import Manifest, write_manifest
+from test.support.device import DTYPE, HEAD_DIM
 
 Arch = Literal["llama", "qwen3"]
 
@@ -64,10 +65,10 @@ def make_base(
     tied: bool = False,
     seed: int = 0,
     layers: int = 3,
-    head_dim: int = 32,
+    head_dim: int = HEAD_DIM,
     max_position_embeddings: int = 4096,
 ) -> Path:
-    """Write a base of `layers` layers (hidden 4 x `head_dim`, 4 heads, 2 KV heads, float32) with its tokenizer."""
+    """Write a base of `layers` layers (hidden 4 x `head_dim`, 4 heads, 2 KV heads) with its tokenizer."""
     tokenizer = make_tokenizer()
     settings: dict[str, Any] = {
         "vocab_size": VOCAB_SIZE,
@@ -83,7 +84,6 @@ def make_base(
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        "dtype": "float32",
     }
     model: PreTrainedModel
     model = LlamaForCausalLM(LlamaConfig(**settings)) if arch == "llama" else Qwen3ForCausalLM(Qwen3Config(**settings))
@@ -172,7 +172,7 @@ def _random_weights(model: PreTrainedModel, seed: int) -> dict[str, torch.Tensor
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
+    model.to(DTYPE).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

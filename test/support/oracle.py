@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from test.support.device import DTYPE
 from test.support.models import sample_prompt
 
 
@@ -28,11 +29,40 @@ class Generation:
 
 
 class Oracle:
-    """A base and a decode module, loaded once, in float32."""
+    """A base and a decode module, loaded once, in float32; on a GPU in bfloat16 too, which is what is served there."""
 
-    def __init__(self, base_path: str | Path, module_path: str | Path) -> None:
+    def __init__(self, base_path: str | Path, module_path: str | Path, *, dtype: torch.dtype = DTYPE) -> None:
         self.base = load_model(base_path)
         self.module = load_model(module_path)
+        self.is_exact = dtype is torch.float32
+        self.served = (self.base, self.module)
+        if not self.is_exact:
+            self.served = (load_model(base_path, dtype), load_model(module_path, dtype))
+
+    def check(self, input_ids: Sequence[int], found: Sequence[int], max_new_tokens: int) -> None:
+        """Fail unless `found` is the greedy answer of `max_new_tokens` tokens.
+
+        In float32 that is one answer, equal token for token. In bfloat16 answers part at near ties, and each is right
+        from there on. So every token that was served is fed back (teacher forcing): its logit in float32 may be lower
+        than the best by at most twice the largest difference that bfloat16 made to any logit on this way, measured with
+        Transformers, since both logits may be off by that. Three quarters must be the best, and the base alone, which
+        answers where weights or KV were mixed up, must not explain half.
+        """
+        if self.is_exact:
+            wanted = self.generate(input_ids, max_new_tokens).token_ids
+            assert list(found) == wanted, f"prompt of {len(input_ids)} tokens"
+            return
+        assert len(found) == max_new_tokens, f"{len(found)} tokens, wanted {max_new_tokens}"
+        logits = forced(self.base, self.module, input_ids, found)
+        rounding = float((logits - forced(*self.served, input_ids, found)).abs().max())
+        chosen = torch.tensor(list(found))
+        gaps = logits.max(-1).values - logits.gather(-1, chosen[:, None])[:, 0]
+        of_base = forced(self.base, self.base, input_ids, found).argmax(-1)
+        told = f"prompt of {len(input_ids)} tokens, bfloat16 moves logits by up to {rounding:.3f}: {gaps.tolist()}"
+        assert float(gaps.max()) <= 2 * rounding, f"a token that cannot be the best, {told}"
+        assert int((gaps == 0).sum()) >= 0.75 * len(found), f"too many second choices, {told}"
+        if not _equal(self.base, self.module):
+            assert int((of_base == chosen).sum()) <= len(found) // 2, "the base alone would have answered so"
 
     def generate(
         self, input_ids: Sequence[int], max_new_tokens: int, *, stop_token_ids: Collection[int] = ()
@@ -45,8 +75,11 @@ def clear_prompt(
 ) -> list[int]:
     """A random prompt of `tokens` tokens whose greedy answer has no near tie, so that it may be compared exactly.
 
-    `min_gap` is ten times the largest float32 noise seen on these models' logits (3e-4).
+    `min_gap` is ten times the largest float32 noise seen on these models' logits (3e-4). Where answers are not compared
+    exactly any prompt will do.
     """
+    if not oracle.is_exact:
+        return sample_prompt(tokens, seed=seed * 1000)
     for attempt in range(50):
         prompt = sample_prompt(tokens, seed=seed * 1000 + attempt)
         if oracle.generate(prompt, max_new_tokens).smallest_gap >= min_gap:
@@ -54,8 +87,24 @@ def clear_prompt(
     raise AssertionError(f"50 prompts of {tokens} tokens all lead to a near tie within {max_new_tokens} tokens")
 
 
-def load_model(path: str | Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """From what is stored: weights that are bfloat16 are the same numbers in float32."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+
+@torch.no_grad()
+def forced(
+    base: PreTrainedModel, module: PreTrainedModel, input_ids: Sequence[int], answer: Sequence[int]
+) -> torch.Tensor:
+    """float32 [tokens of the answer, vocabulary]: the module's logits for each of its tokens, given those before it."""
+    cache = base_cache(base, input_ids[:-1])
+    fed = torch.tensor([[input_ids[-1], *answer[:-1]]])
+    return module(fed, past_key_values=cache, use_cache=True).logits[0].float()
+
+
+def _equal(base: PreTrainedModel, module: PreTrainedModel) -> bool:
+    pairs = zip(base.parameters(), module.parameters(), strict=True)
+    return all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
 @torch.no_grad()

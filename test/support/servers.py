@@ -21,8 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from sglang_prefillshare.config import DecodeModule, RouterSettings, Topology, WorkerSettings
 from sglang_prefillshare.deployment import Deployment, DeploymentOptions, PortBlocks, Worker
 from sglang_prefillshare.process import StopGrace, SupervisedProcess
+from test.support.device import WORKER_ARGS
 
-FLOAT32: Mapping[str, Any] = {"dtype": "float32", "max-total-tokens": 32768}
 GRACE = StopGrace(interrupt_s=3.0, terminate_s=2.0)
 REQUEST_TIMEOUT_S = 90.0
 
@@ -30,8 +30,8 @@ REQUEST_TIMEOUT_S = 90.0
 def topology(
     base: Path, modules: Mapping[str, Path], *, args: Mapping[str, Any] | None = None, **decode_args: Any
 ) -> Topology:
-    """One base and one worker per decode module, float32; `args` go to every worker, `decode_args` to decode only."""
-    common = {**FLOAT32, **(args or {})}
+    """One base and one worker per decode module; `args` go to every worker, `decode_args` to decode only."""
+    common = {**WORKER_ARGS, **(args or {})}
     decode = {name.replace("_", "-"): value for name, value in decode_args.items()}
     return Topology(
         base=WorkerSettings(str(base), args=common),
@@ -52,7 +52,10 @@ def launch_server(model: Path, args: Sequence[str] = (), env: Mapping[str, str] 
     ports = PortBlocks()
     port = ports.take()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--dtype", "float32", "--max-total-tokens", "32768", *args]
+    command += ["--port", str(port)]
+    for name, value in WORKER_ARGS.items():
+        command += [f"--{name}", str(value)]
+    command += args
     ended = threading.Event()
     process = SupervisedProcess(
         "server",

@@ -149,3 +149,42 @@ def test_the_tokenizer_returns_any_text_and_renders_a_chat(base_folder: Path) ->
     )
     assert tokenizer.encode(rendered) == make_tokenizer().encode(rendered)
     assert tokenizer.eos_token == "<|im_end|>"
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def rounded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Oracle, Oracle]:
+    """The same base with two modules, as a GPU serves them: in bfloat16, whose answers part at near ties."""
+    folder = tmp_path_factory.mktemp(f"rounded-{request.param}")
+    base = make_base(folder / "base", request.param, seed=1, head_dim=64)
+    modules = [make_decode_module(folder / f"module{seed}", base, seed=seed) for seed in (2, 3)]
+    first, second = (Oracle(base, module, dtype=torch.bfloat16) for module in modules)
+    return first, second
+
+
+@pytest.mark.parametrize("length", [1, 2, 40, 300])
+def test_answers_in_bfloat16_pass_the_forced_check_and_others_do_not(
+    rounded: tuple[Oracle, Oracle], length: int
+) -> None:
+    oracle, other = rounded
+    prompt = sample_prompt(length, seed=length)
+    oracle.check(prompt, generate(*oracle.served, prompt, NEW_TOKENS).token_ids, NEW_TOKENS)
+    base, module = oracle.served
+    wrong = {
+        "another module": generate(*other.served, prompt, NEW_TOKENS),
+        "the base alone": generate(base, base, prompt, NEW_TOKENS),
+    }
+    if length > 2:
+        wrong["the module's own KV"] = generate(module, module, prompt, NEW_TOKENS)
+        wrong["another prompt's KV"] = generate(base, module, [*reversed(prompt[:-1]), prompt[-1]], NEW_TOKENS)
+    for name, found in wrong.items():
+        with pytest.raises(AssertionError):
+            oracle.check(prompt, found.token_ids, NEW_TOKENS)
+            raise RuntimeError(f"{name} passes")
+
+
+def test_an_answer_cut_short_does_not_pass(rounded: tuple[Oracle, Oracle]) -> None:
+    oracle, _ = rounded
+    prompt = sample_prompt(40, seed=1)
+    found = generate(*oracle.served, prompt, NEW_TOKENS).token_ids
+    with pytest.raises(AssertionError, match="wanted 24"):
+        oracle.check(prompt, found[:-1], NEW_TOKENS)
