@@ -272,7 +272,7 @@ def bench_serving(config: Path, out: Path | None, topologies: tuple[str, ...], *
 @click.argument("folder", type=_FOLDER)
 def bench_report(folder: Path) -> None:
     """Write summary and plots again, from the rows in FOLDER."""
-    from sglang_prefillshare.workloads.bench import report_again
+    from sglang_prefillshare.workloads.results import report_again
 
     click.echo(f"written to {report_again(folder)}")
 

@@ -142,7 +142,10 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     request_s: float = 120.0
     point_s: float = 180.0
     idle_s: float = 30.0
-    """After a point, for the workers to have nothing left to do."""
+    """After a point whose sessions all ended, for the workers to have nothing left to do. What is left is aborted."""
+    stuck_s: float = 600.0
+    """After that: it is waited for as long as there is less of it, and given up when nothing has changed for so long.
+    SGLang's own deadlines for a handoff whose other side is gone are half of it."""
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
@@ -209,6 +212,12 @@ class Benchmark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if self.token_ids is not None:
             low, high = self.token_ids
             _check("token_ids", list(self.token_ids), 0 <= low < high, "[LOW, HIGH] with 0 <= LOW < HIGH")
+
+    @property
+    def point_count(self) -> int:
+        """Of all topologies and repeats."""
+        points = sum(len(workload.points) for workload in self.workloads)
+        return points * self.repeats * len(self.topologies)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as result files store them."""
