@@ -8,33 +8,30 @@ takes minutes, and a flush leaves nothing that one would remove, since every wor
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
-import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import aiohttp
 from rich.console import Console
 
-from sglang_prefillshare.deployment import Deployment, Silent
+from sglang_prefillshare.deployment import Deployment, Silent, has_accelerator
 from sglang_prefillshare.errors import ConfigError, WorkerError
+from sglang_prefillshare.workloads.budget import Budget, decide, told
 from sglang_prefillshare.workloads.config import Benchmark, TopologyName
 from sglang_prefillshare.workloads.display import Observer, describe, terminal
+from sglang_prefillshare.workloads.machine import measure_machine, read_config, worker_dtype
 from sglang_prefillshare.workloads.measure import Measurement, Servers, measure, warm_up
 from sglang_prefillshare.workloads.models import prepare_models, token_id_range
-from sglang_prefillshare.workloads.points import Point, points_of
+from sglang_prefillshare.workloads.points import Point, points_of, turns_of
 from sglang_prefillshare.workloads.report import Row, point_row
 from sglang_prefillshare.workloads.results import SUMMARY, Results
-from sglang_prefillshare.workloads.topologies import make_deployment, pin_workers, urls_by_agent
+from sglang_prefillshare.workloads.topologies import make_deployment, pin_workers, running, urls_by_agent
 from sglang_prefillshare.workloads.watch import Watch
-
-SGLANG_RESERVED_TOKENS: Final = 512
-"""What decode workers keep free for new tokens unless --num-reserved-decode-tokens says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,17 +45,26 @@ class Run:
     observer: Observer
 
 
-def run_benchmark(benchmark: Benchmark, *, console: Console | None = None) -> Path:
+def run_benchmark(benchmark: Benchmark, *, console: Console | None = None, anyway: bool = False) -> Path:
     """Run all of it; returns the summary's path. Ctrl-C ends every process, and what was finished is summarised.
 
-    Raises `KeyboardInterrupt` after a Ctrl-C, `WorkerError` when a topology cannot be started or falls over.
+    A benchmark with `limits.total_s` measures a CPU first, and makes lengths shorter if it has to; `anyway` runs it as
+    it is. Raises `KeyboardInterrupt` after a Ctrl-C, `WorkerError` when a topology cannot be started or falls over,
+    `ConfigError` when the time does not do.
     """
     console = console or Console(stderr=True, highlight=False)
     models = prepare_models(benchmark.models)
     token_ids = benchmark.token_ids or token_id_range(models["base"])
+    budget: Budget | None = None
+    dtype = None if has_accelerator() else worker_dtype(benchmark, read_config(models["base"]))
+    if benchmark.limits.total_s is not None and not has_accelerator():
+        console.print("measuring this machine: a few products, and one worker's start", style="dim")
+        machine = measure_machine(benchmark, models, log_dir=Path(benchmark.out) / "logs" / "machine")
+        benchmark, budget = decide(benchmark, machine, token_ids=token_ids, is_forced=anyway)
+        console.print(_told(budget), soft_wrap=True)
     for workload in benchmark.workloads:
         check_room(benchmark, points_of(benchmark, workload, repeat=0, token_ids=token_ids))
-    results = Results(Path(benchmark.out), benchmark)
+    results = Results(Path(benchmark.out), benchmark, dtype=dtype, budget=None if budget is None else budget.describe())
     try:
         with terminal(console, points=benchmark.point_count) as observer:
             run = Run(benchmark, models, token_ids, results, observer)
@@ -71,27 +77,20 @@ def run_benchmark(benchmark: Benchmark, *, console: Console | None = None) -> Pa
     return results.folder / SUMMARY
 
 
-def turns_of(topologies: Sequence[TopologyName], repeats: int) -> list[tuple[TopologyName, list[int]]]:
-    """Which topology runs when, and which repeats before it is ended: A0, B0 B1, A1 A2, B2 for two and three repeats.
-
-    Repeats alternate, and each second one has the order turned around, so that neither side is always first, and the
-    side that is up need not start again.
-    """
-    turns: list[tuple[TopologyName, list[int]]] = []
-    for repeat in range(repeats):
-        for name in topologies if repeat % 2 == 0 else tuple(reversed(topologies)):
-            if turns and turns[-1][0] == name:
-                turns[-1][1].append(repeat)
-            else:
-                turns.append((name, [repeat]))
-    return turns
+def _told(budget: Budget) -> str:
+    until = f"{told(budget.machine)} The benchmark will take about {budget.estimate}"
+    if budget.scale == 1:
+        return f"{until}."
+    return (
+        f"{until}, with every length times {budget.scale:g}: as written it would be {budget.as_written}, "
+        "which --anyway runs."
+    )
 
 
 def check_room(benchmark: Benchmark, points: Sequence[Point]) -> None:
     """Raise `ConfigError` for a session that no pool can hold: it would be refused in its last calls."""
-    args = benchmark.workers.flags
-    room, reserved = args.get("max-total-tokens"), args.get("num-reserved-decode-tokens", SGLANG_RESERVED_TOKENS)
-    if not isinstance(room, int) or not isinstance(reserved, int):
+    room, reserved = benchmark.workers.flags.get("max-total-tokens"), benchmark.workers.reserved_tokens
+    if not isinstance(room, int):
         return
     for point in points:
         longest = max(session.total_tokens for session in point.sessions)
@@ -171,35 +170,3 @@ def row_of(label: Mapping[str, Any], point: Point, found: Measurement) -> Row:
         "drain_s": None if found.drain_s is None else round(found.drain_s, 1),
         "trouble": found.trouble,
     }
-
-
-@contextlib.contextmanager
-def running(deployment: Deployment) -> Iterator[None]:
-    """Inside, all its servers are ready; after it, none is left.
-
-    Ctrl-C, SIGTERM and SIGHUP end it, also while it starts, and `KeyboardInterrupt` comes out. While it ends they only
-    hurry it, so that no process is forgotten.
-    """
-    is_ending = was_asked = False
-
-    def stop(*_: Any) -> None:
-        nonlocal is_ending, was_asked
-        was_asked = True
-        if is_ending:
-            deployment.request_stop()
-            return
-        is_ending = True
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    try:
-        with deployment:
-            try:
-                yield
-            finally:
-                is_ending = True
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if was_asked:
-        raise KeyboardInterrupt

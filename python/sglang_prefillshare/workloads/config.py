@@ -19,6 +19,8 @@ from sglang_prefillshare.parsing import parse_yaml, read_yaml
 from sglang_prefillshare.workloads.presets import PresetName
 
 TopologyName = Literal["shared", "isolated", "colocated"]
+SGLANG_RESERVED_TOKENS: Final = 512
+"""What decode workers keep free for new tokens unless --num-reserved-decode-tokens says otherwise."""
 TOPOLOGIES: Final[tuple[TopologyName, ...]] = get_args(TopologyName)
 Flag = bool | int | float | str | None
 
@@ -147,9 +149,14 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """After that: it is waited for as long as there is less of it, and given up when nothing has changed for so long.
     SGLang's own deadlines for a handoff whose other side is gone are half of it."""
 
+    total_s: float | None = None
+    """All of it on a CPU: the machine is measured first, and lengths are made shorter to keep it."""
+
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
-            _check(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a number of seconds above 0")
+            value = getattr(self, name)
+            is_right = value is None if name == "total_s" and value is None else 0 < value < math.inf
+            _check(name, value, is_right, "a number of seconds above 0")
 
 
 class Workers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -185,6 +192,12 @@ class Workers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     def flags(self) -> dict[str, Flag]:
         """What decode workers of every topology are given, spelled with dashes."""
         return {name.replace("_", "-"): value for name, value in {**self.args, **self.decode_args}.items()}
+
+    @property
+    def reserved_tokens(self) -> int:
+        """What decode workers keep free for new tokens."""
+        reserved = self.flags.get("num-reserved-decode-tokens")
+        return reserved if isinstance(reserved, int) else SGLANG_RESERVED_TOKENS
 
 
 class Benchmark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -1,4 +1,7 @@
-"""A point: sessions of a workload at one arrival rate under one cap, in one repeat. Pure values, drawn from a seed."""
+"""A point: sessions of a workload at one arrival rate under one cap, in one repeat; and the order of the repeats.
+
+Pure values, drawn from a seed.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from dataclasses import dataclass, field
 
 from sglang_prefillshare.errors import ConfigError
 from sglang_prefillshare.workloads.arrivals import poisson_arrivals
-from sglang_prefillshare.workloads.config import Benchmark, Workload
+from sglang_prefillshare.workloads.config import Benchmark, TopologyName, Workload
 from sglang_prefillshare.workloads.presets import Shape, make_session, preset_shape
 from sglang_prefillshare.workloads.session import Session, Words
 from sglang_prefillshare.workloads.trace import load_trace
@@ -83,3 +86,19 @@ def arrivals_of(workload: Workload, sessions: Sequence[Session], *, rate: float,
             raise ConfigError(f"the trace {workload.trace} has no arrival_s. Leave trace_arrivals out.")
         return [time_s for time_s in times if time_s is not None]
     return poisson_arrivals(len(sessions), rate=rate, seed=f"{seed}/{workload.label}/{repeat}")
+
+
+def turns_of(topologies: Sequence[TopologyName], repeats: int) -> list[tuple[TopologyName, list[int]]]:
+    """Which topology runs when, and which repeats before it is ended: A0, B0 B1, A1 A2, B2 for two and three repeats.
+
+    Repeats alternate, and each second one has the order turned around, so that neither side is always first, and the
+    side that is up need not start again.
+    """
+    turns: list[tuple[TopologyName, list[int]]] = []
+    for repeat in range(repeats):
+        for name in topologies if repeat % 2 == 0 else tuple(reversed(topologies)):
+            if turns and turns[-1][0] == name:
+                turns[-1][1].append(repeat)
+            else:
+                turns.append((name, [repeat]))
+    return turns

@@ -25,12 +25,21 @@ SUMMARY: Final = "summary.json"
 class Results:
     """The folder that a run writes: rows and samples as they come, the summary at the end."""
 
-    def __init__(self, folder: Path, benchmark: Benchmark) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        benchmark: Benchmark,
+        *,
+        dtype: str | None = None,
+        budget: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder = folder
         self.rows: list[Row] = []
         self._about = {
             "config": benchmark.to_json(),
             "environment": describe_environment((*PACKAGES, "nixl", "uvloop")),
+            "dtype": dtype,
+            "budget": budget,
         }
         folder.mkdir(parents=True, exist_ok=True)
         for name in (RESULTS, SAMPLES):
@@ -67,7 +76,7 @@ def report_again(folder: Path) -> Path:
         raise ConfigError(f"cannot read {path}: {error}. Give the folder that `bench serving` wrote.") from error
     if not rows:
         raise ConfigError(f"{path} holds no rows: no point of that run was finished.")
-    return write_summary(folder, rows, {key: rows[0][key] for key in ("config", "environment")})
+    return write_summary(folder, rows, {key: rows[0].get(key) for key in ("config", "environment", "dtype", "budget")})
 
 
 def _append(path: Path, rows: Sequence[Row]) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from sglang_prefillshare.errors import ConfigError
-from sglang_prefillshare.workloads.bench import running, turns_of
 from sglang_prefillshare.workloads.config import Benchmark, Models, RandomModel, Sweep, Workload
-from sglang_prefillshare.workloads.points import arrivals_of, points_of, sessions_of
+from sglang_prefillshare.workloads.points import arrivals_of, points_of, sessions_of, turns_of
 from sglang_prefillshare.workloads.results import report_again
+from sglang_prefillshare.workloads.topologies import running
 from test.unit.workloads.test_report import row
 
 SWEEP = (Sweep(arrival_rates=(1.0,), max_sessions=(4,)),)
