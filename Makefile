@@ -55,10 +55,10 @@ bench-router: setup ## Measure what the router adds to a request
 bench-idle: setup ## Measure what an idle deployment costs, and what waking it up costs
 	@$(PYTHON) benchmark/serving/idle.py
 
-bench-serving: setup ## Shared prefill beside stock SGLang, four agents, two workloads (under 40 minutes on two cores)
-	@$(PYTHON) -m sglang_prefillshare.cli bench serving benchmark/serving/serving.yaml
+bench-serving: setup ## Shared prefill beside stock SGLang, four agents, two workloads (45 minutes at most, or it says how long)
+	@$(PYTHON) -m sglang_prefillshare.cli bench serving benchmark/serving/serving.yaml $(ARGS)
 
-bench-smoke: setup ## The same in miniature (about 2 minutes)
+bench-smoke: setup ## The same in miniature (2 to 6 minutes, most of them starting workers)
 	@$(PYTHON) -m sglang_prefillshare.cli bench serving benchmark/serving/smoke.yaml
 
 clean: ## Remove .venv, caches and build outputs

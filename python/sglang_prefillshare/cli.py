@@ -255,24 +255,26 @@ def bench() -> None:
     multiple=True,
     help="Only this one; repeat for several, in the order given.",
 )
-def bench_serving(config: Path, out: Path | None, topologies: tuple[str, ...], **changes: Any) -> None:
+@click.option("--anyway", is_flag=True, help="Run it as CONFIG says, even if this machine needs longer than it allows.")
+def bench_serving(config: Path, out: Path | None, topologies: tuple[str, ...], anyway: bool, **changes: Any) -> None:
     """Shared prefill beside stock SGLang, on agents that take turns, as CONFIG (YAML) says.
 
     Starts each topology in turn, asks it every point, and writes results.jsonl, samples.jsonl, summary.json and the
-    paper's Figures 3 and 4. docs/benchmark.md describes CONFIG and every field.
+    paper's Figures 3 and 4. With limits.total_s in CONFIG a CPU is measured first: lengths are made shorter to keep it,
+    or it is said how long it would take. docs/benchmark.md describes CONFIG and every field.
     """
     from sglang_prefillshare.workloads.bench import run_benchmark
     from sglang_prefillshare.workloads.config import load_benchmark
 
     changes |= {"out": None if out is None else str(out), "topologies": topologies or None}
-    run_benchmark(load_benchmark(config, **changes))
+    run_benchmark(load_benchmark(config, **changes), anyway=anyway)
 
 
 @bench.command("report")
 @click.argument("folder", type=_FOLDER)
 def bench_report(folder: Path) -> None:
     """Write summary and plots again, from the rows in FOLDER."""
-    from sglang_prefillshare.workloads.bench import report_again
+    from sglang_prefillshare.workloads.results import report_again
 
     click.echo(f"written to {report_again(folder)}")
 

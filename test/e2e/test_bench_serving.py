@@ -46,6 +46,7 @@ def test_everything_was_answered_on_both_sides(rows: list[dict[str, Any]]) -> No
         assert (row["failed"], row["sessions_unfinished"], row["is_cut"]) == (0, 0, False), row["errors"]
         assert row["transfer_failures"] == 0 and row["handoffs"] == row["completed"] > 0
         assert row["config"]["seed"] == 0 and row["environment"]["versions"]["sglang"]
+        assert row["dtype"] == "float32" and row["environment"]["device"]["instruction_sets"]
 
 
 def test_both_topologies_saw_the_same_sessions(calls: list[dict[str, Any]]) -> None:

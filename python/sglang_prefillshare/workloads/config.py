@@ -19,6 +19,8 @@ from sglang_prefillshare.parsing import parse_yaml, read_yaml
 from sglang_prefillshare.workloads.presets import PresetName
 
 TopologyName = Literal["shared", "isolated", "colocated"]
+SGLANG_RESERVED_TOKENS: Final = 512
+"""What decode workers keep free for new tokens unless --num-reserved-decode-tokens says otherwise."""
 TOPOLOGIES: Final[tuple[TopologyName, ...]] = get_args(TopologyName)
 Flag = bool | int | float | str | None
 
@@ -142,11 +144,19 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     request_s: float = 120.0
     point_s: float = 180.0
     idle_s: float = 30.0
-    """After a point, for the workers to have nothing left to do."""
+    """After a point whose sessions all ended, for the workers to have nothing left to do. What is left is aborted."""
+    stuck_s: float = 600.0
+    """After that: it is waited for as long as there is less of it, and given up when nothing has changed for so long.
+    SGLang's own deadlines for a handoff whose other side is gone are half of it."""
+
+    total_s: float | None = None
+    """All of it on a CPU: the machine is measured first, and lengths are made shorter to keep it."""
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
-            _check(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "a number of seconds above 0")
+            value = getattr(self, name)
+            is_right = value is None if name == "total_s" and value is None else 0 < value < math.inf
+            _check(name, value, is_right, "a number of seconds above 0")
 
 
 class Workers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -183,6 +193,12 @@ class Workers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         """What decode workers of every topology are given, spelled with dashes."""
         return {name.replace("_", "-"): value for name, value in {**self.args, **self.decode_args}.items()}
 
+    @property
+    def reserved_tokens(self) -> int:
+        """What decode workers keep free for new tokens."""
+        reserved = self.flags.get("num-reserved-decode-tokens")
+        return reserved if isinstance(reserved, int) else SGLANG_RESERVED_TOKENS
+
 
 class Benchmark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One benchmark: which models, on which topologies, asked what, how often."""
@@ -209,6 +225,12 @@ class Benchmark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         if self.token_ids is not None:
             low, high = self.token_ids
             _check("token_ids", list(self.token_ids), 0 <= low < high, "[LOW, HIGH] with 0 <= LOW < HIGH")
+
+    @property
+    def point_count(self) -> int:
+        """Of all topologies and repeats."""
+        points = sum(len(workload.points) for workload in self.workloads)
+        return points * self.repeats * len(self.topologies)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, as result files store them."""

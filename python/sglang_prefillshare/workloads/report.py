@@ -90,7 +90,8 @@ def cache_fields(samples: PointSamples, counters: Counters) -> Row:
         "hit_ratio_own_model": _ratio(cached - other, prompt),
         "hit_ratio_other_model": _ratio(other, prompt),
         "computed_ratio": _ratio(computed, prompt),
-        "recompute_factor": _ratio(computed, unique),
+        # What was computed for calls that a cut point aborted has no context to be set against.
+        "recompute_factor": None if samples.is_cut else _ratio(computed, unique),
     }
 
 
@@ -217,17 +218,22 @@ def summarise(rows: Sequence[Row]) -> Row:
     """By workload: at each arrival rate the ratios of isolated and shared, at each cap the cache's numbers.
 
     A ratio is of two runs of the same repeat, which saw the same sessions one after the other; above 1 is better for
-    `shared`. `values` has each repeat's, `median`, `min` and `max` are over them.
+    `shared`. `values` has each repeat's, `median`, `min` and `max` are over them. Times of a cut point are left
+    out: they are those of the calls that were fast enough. Its throughput counts.
     """
     found: Row = {}
     for workload in _distinct(rows, "workload"):
-        of_workload = [row for row in rows if row["workload"] == workload]
+        of_workload = [_without_times(row) if row.get("is_cut") else row for row in rows if row["workload"] == workload]
         points = [_point(of_workload, rate, cap) for rate, cap in _points(of_workload)]
         found[workload] = {
             "points": points,
             "by_rate": [_best_cap(points, rate) for rate in dict.fromkeys(point["request_rate"] for point in points)],
         }
     return found
+
+
+def _without_times(row: Row) -> Row:
+    return {name: value for name, value in row.items() if name not in _TIMES}
 
 
 def _points(rows: Sequence[Row]) -> list[tuple[Any, int]]:
@@ -250,9 +256,13 @@ def _point(rows: Sequence[Row], rate: Any, cap: int) -> Row:
     return point
 
 
-_IN_SUMMARY: Final = (
+_TIMES: Final = (
     *("p95_e2e_latency_ms", "median_e2e_latency_ms", "p95_session_latency_ms", "median_ttft_ms", "mean_ttft_ms"),
-    *("p95_ttft_ms", "mean_itl_ms", "output_throughput", "total_throughput", "request_throughput"),
+    *("p95_ttft_ms", "mean_itl_ms"),
+)
+_IN_SUMMARY: Final = (
+    *_TIMES,
+    *("output_throughput", "total_throughput", "request_throughput"),
     *("session_throughput", "hit_ratio", "hit_ratio_own_model", "hit_ratio_other_model", "recompute_factor"),
     *("prefill_evicted_tokens", "decode_evicted_tokens", "colocated_evicted_tokens"),
     *("prefill_retracted_requests", "decode_retracted_requests", "handoff_bytes", "handoff_ms"),
@@ -261,7 +271,8 @@ _IN_SUMMARY: Final = (
 
 
 def _medians(rows: Sequence[Row]) -> Row:
-    return {name: spread(values) for name in _IN_SUMMARY if (values := _values(rows, name))}
+    medians = {name: spread(values) for name in _IN_SUMMARY if (values := _values(rows, name))}
+    return {"cut": sum(bool(row.get("is_cut")) for row in rows), **medians}
 
 
 def _values(rows: Iterable[Row], name: str) -> list[float]:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -163,6 +164,38 @@ def pin_workers(deployment: Deployment, workers: Workers) -> None:
                 for thread in process.threads():
                     with contextlib.suppress(ProcessLookupError):
                         os.sched_setaffinity(thread.id, wanted)
+
+
+@contextlib.contextmanager
+def running(deployment: Deployment) -> Iterator[None]:
+    """Inside, all its servers are ready; after it, none is left.
+
+    Ctrl-C, SIGTERM and SIGHUP end it, also while it starts, and `KeyboardInterrupt` comes out. While it ends they only
+    hurry it, so that no process is forgotten.
+    """
+    is_ending = was_asked = False
+
+    def stop(*_: Any) -> None:
+        nonlocal is_ending, was_asked
+        was_asked = True
+        if is_ending:
+            deployment.request_stop()
+            return
+        is_ending = True
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    try:
+        with deployment:
+            try:
+                yield
+            finally:
+                is_ending = True
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if was_asked:
+        raise KeyboardInterrupt
 
 
 def _args(*layers: Mapping[str, Any]) -> dict[str, ArgValue]:

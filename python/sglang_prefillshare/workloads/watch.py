@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -21,7 +22,11 @@ from sglang_prefillshare.deployment import Deployment, Worker
 from sglang_prefillshare.errors import WorkerError
 from sglang_prefillshare.protocol import Role
 
+logger = logging.getLogger(__name__)
+
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=15.0)
+_LOOK_EVERY_S: Final = 0.2
+_ABORT_EVERY_S: Final = 5.0
 
 _WORKER_SAMPLES: Final[Mapping[str, tuple[str, Mapping[str, str]]]] = {
     "evicted_tokens": ("sglang:evicted_tokens_total", {}),
@@ -158,23 +163,69 @@ class Watch:
         requests = load["num_running_reqs"] + load["num_waiting_reqs"] + queued
         return int(load["num_used_tokens"]), float(load.get("token_usage") or 0.0), int(requests)
 
+    def check(self) -> None:
+        """Raise `WorkerError` if a server has ended."""
+        self._deployment.check()
+
     async def until_idle(self, timeout_s: float) -> None:
         """Wait until no worker holds a request. Raises `WorkerError` naming what is left when that takes too long."""
         deadline = time.monotonic() + timeout_s
-        while True:
-            left: dict[str, Any] = {}
-            for worker in self._deployment.workers:
-                try:
-                    tokens, _, requests = await self._load(worker)
-                    if tokens or requests:
-                        left[worker.name] = {"kv_tokens": tokens, "requests": requests}
-                except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                    left[worker.name] = str(error) or type(error).__name__
-            if not left:
-                return
+        while left := await self._left():
             if time.monotonic() >= deadline:
-                raise WorkerError(f"{timeout_s:g} s after a point there is still work: {left}.")
-            await asyncio.sleep(0.2)
+                raise WorkerError(f"after {timeout_s:g} s there is still work: {_listed(left)}.")
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def drain(
+        self, *, grace_s: float, stuck_s: float, on_wait: Callable[[str], None] = lambda left: None
+    ) -> float:
+        """Wait until no worker holds a request, however long it takes; returns how long it took, in seconds.
+
+        What is left after `grace_s` is aborted, and again every few seconds: there are moments of a handoff in which
+        a request cannot be found, and a forward pass is not interrupted. Raises `WorkerError` when nothing of what is
+        left has changed for `stuck_s`, or when a server has ended.
+        """
+        started = changed = time.monotonic()
+        aborted: float | None = None
+        before: Mapping[str, str] = {}
+        while left := await self._left():
+            self.check()
+            now = time.monotonic()
+            if left != before:
+                before, changed = left, now
+            if now - changed >= stuck_s:
+                raise WorkerError(f"nothing has changed for {stuck_s:g} s, and there is still work: {_listed(left)}.")
+            if now - started >= grace_s and (aborted is None or now - aborted >= _ABORT_EVERY_S):
+                await self._abort_all()
+                aborted = now
+            on_wait(_listed(left))
+            await asyncio.sleep(_LOOK_EVERY_S)
+        return time.monotonic() - started
+
+    async def _left(self) -> dict[str, str]:
+        """By worker, what it still has to do, or why it does not say so."""
+        workers = self._deployment.workers
+        found = await asyncio.gather(*(self._left_of(worker) for worker in workers))
+        return {worker.name: left for worker, left in zip(workers, found, strict=True) if left is not None}
+
+    async def _left_of(self, worker: Worker) -> str | None:
+        try:
+            tokens, _, requests = await self._load(worker)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return str(error) or type(error).__name__
+        return f"{requests} requests, {tokens} KV tokens" if tokens or requests else None
+
+    async def _abort_all(self) -> None:
+        """Ask every worker to abort all it has. One that does not answer is asked again later."""
+
+        async def abort(worker: Worker) -> None:
+            with contextlib.suppress(aiohttp.ClientError, TimeoutError, OSError):
+                async with self._client.post(
+                    f"{worker.url}/abort_request", json={"abort_all": True}, timeout=_TIMEOUT
+                ) as response:
+                    if response.status != 200:
+                        logger.warning("%s does not abort: %d %s", worker.url, response.status, await response.text())
+
+        await asyncio.gather(*(abort(worker) for worker in self._deployment.workers))
 
     async def flush(self, timeout_s: float) -> None:
         """Empty every cache, and the router's memory of them. Raises `WorkerError` if that takes too long."""
@@ -193,6 +244,10 @@ class Watch:
                 if time.monotonic() >= deadline:
                     raise WorkerError(f"{url} did not flush its cache within {timeout_s:g} s: {status} {text[:300]}")
                 await asyncio.sleep(0.3)
+
+
+def _listed(left: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {what}" for name, what in left.items())
 
 
 def cpu_seconds(pid: int | None) -> float:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from sglang_prefillshare.errors import ConfigError
-from sglang_prefillshare.workloads.bench import Point, arrivals_of, report_again, running, sessions_of, turns_of
-from sglang_prefillshare.workloads.config import Sweep, Workload
+from sglang_prefillshare.workloads.config import Benchmark, Models, RandomModel, Sweep, Workload
+from sglang_prefillshare.workloads.points import arrivals_of, points_of, sessions_of, turns_of
+from sglang_prefillshare.workloads.results import report_again
+from sglang_prefillshare.workloads.topologies import running
 from test.unit.workloads.test_report import row
 
 SWEEP = (Sweep(arrival_rates=(1.0,), max_sessions=(4,)),)
@@ -61,12 +63,13 @@ def test_a_traces_own_arrivals_are_used_when_asked_for(tmp_path: Path):
     path.write_text("\n".join(json.dumps(line) for line in lines))
     workload = Workload(trace=str(path), trace_arrivals=True, sweeps=SWEEP)
     sessions = sessions_of(workload, AGENTS, seed=1, repeat=0, token_ids=(300, 400))
-    point = Point(workload, 1.0, 4, 0)
-    assert arrivals_of(point, sessions, seed=1) == [0.0, 0.7] and point.rate_label == "trace"
+    benchmark = Benchmark(models=Models(agents=AGENTS, random=RandomModel()), workloads=(workload,))
+    [point] = points_of(benchmark, workload, repeat=0, token_ids=(300, 400))
+    assert point.arrivals_s == (0.0, 0.7) and point.request_rate == "trace"
     path.write_text(json.dumps({"prompt_tokens": 4, "turns": [[step]]}))
     sessions = sessions_of(workload, AGENTS, seed=1, repeat=0, token_ids=(300, 400))
     with pytest.raises(ConfigError, match="has no arrival_s"):
-        arrivals_of(point, sessions, seed=1)
+        arrivals_of(workload, sessions, rate=1.0, seed=1, repeat=0)
 
 
 def test_a_report_can_be_made_again_from_the_rows(tmp_path: Path):

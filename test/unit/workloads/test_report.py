@@ -80,10 +80,18 @@ def test_a_row_has_bench_servings_fields_and_ours():
     assert row["median_turn_latency_ms"] == 3000.0
     assert row["is_cut"] is True and row["errors"] == ["503: no"]
     assert (row["hit_ratio"], row["hit_ratio_own_model"], row["hit_ratio_other_model"]) == (12 / 25, 3 / 25, 9 / 25)
-    assert row["unique_context_tokens"] == 15 and row["recompute_factor"] == 13 / 15
+    assert row["unique_context_tokens"] == 15 and row["computed_tokens"] == 13
+    assert row["recompute_factor"] is None, "of a point that was cut"
     assert (row["prefill_evicted_tokens"], row["decode_retracted_requests"]) == (70, 1)
     assert (row["handoffs"], row["handoff_bytes"]) == (2, 3 * 2**20)
     assert row["peak_kv_tokens"] == {"base": 30} and row["peak_kv_usage"] == {"base": 0.5}
+
+
+def test_the_recompute_factor_is_of_what_one_cache_would_compute():
+    whole = samples()
+    whole.is_cut = False
+    row = point_row(whole, counters(prompt_tokens=25, cached_tokens=12, cross_model_cached_tokens=9), Loads())
+    assert row["recompute_factor"] == 13 / 15
 
 
 def test_without_a_router_the_answers_say_what_was_found():
@@ -159,3 +167,17 @@ def test_a_ratio_without_its_other_half_is_absent():
     [point] = summarise(rows)["react"]["points"]
     assert point["p95_e2e_ratio"] is None
     assert "p95_e2e_ratio" not in summarise(rows[:1])["react"]["points"][0]
+
+
+def test_times_of_a_cut_point_are_not_compared_and_its_throughput_is():
+    rows = [
+        row("shared", 0, p95=100, tokens=40), row("isolated", 0, p95=50, tokens=10) | {"is_cut": True},
+        row("shared", 1, p95=200, tokens=60), row("isolated", 1, p95=600, tokens=20),
+    ]  # fmt: skip
+    found = summarise(rows)["react"]
+    [point] = found["points"]
+    assert point["p95_e2e_ratio"]["values"] == [3.0] and point["throughput_ratio"]["values"] == [4.0, 3.0]
+    assert (point["topologies"]["isolated"]["cut"], point["topologies"]["shared"]["cut"]) == (1, 0)
+    assert found["by_rate"][0]["p95_e2e_ratio"] == 600 / 150
+    [cut] = summarise([row("shared", 0, p95=1, tokens=0) | {"is_cut": True}])["react"]["by_rate"]
+    assert "p95_e2e_latency_ms" not in cut["topologies"]["shared"]
