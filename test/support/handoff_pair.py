@@ -55,7 +55,7 @@ _PRELOADED: Final = [
     "sglang.srt.mem_cache.memory_pool",
     "sglang.srt.server_args",
 ]
-"""What takes seconds to import, imported once: worker processes are forks of a server that has done so, and no more."""
+"""What takes seconds to import, imported once, where worker processes can be forks of a server that has done so."""
 START_TIMEOUT_S: Final = 90.0
 
 
@@ -177,8 +177,7 @@ class WorkerProcess:
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.name = f"{spec.backend} {spec.role.value}"
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOADED)
+        context = _context(spec.shape.device)
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, spec), name=self.name, daemon=True)
         self._process.start()
@@ -340,6 +339,18 @@ def handoff_pair(backend: str, shape: PoolShape, *, env: Mapping[str, str] | Non
     finally:
         pair.decode.close()
         pair.prefill.close()
+
+
+def _context(device: str) -> Any:
+    """How a worker process is started: a fork of a server with the imports done, where they initialise no CUDA.
+
+    Importing SGLang does so on a GPU host, and CUDA cannot be used in a fork of a process that has.
+    """
+    if device != "cpu":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 def _checked(handoffs: Sequence[Handoff]) -> tuple[Handoff, ...]:
@@ -690,7 +701,6 @@ def _become_scheduler(spec: Spec) -> None:
     args = ServerArgs(
         model_path="dummy",  # SGLang's own name for "no model": nothing is read for it
         host=HOST,
-        device=spec.shape.device,
         page_size=spec.shape.page_size,
         disaggregation_mode=spec.role.value,
         disaggregation_transfer_backend=spec.backend,
@@ -751,6 +761,7 @@ def _make_manager(spec: Spec, pool: Any, metadata: Any) -> Any:
     from sglang.srt.runtime_context import get_server_args
 
     from sglang_prefillshare.host.roles import handshake
+    from sglang_prefillshare.host.transfer import pool_device
 
     shape = spec.shape
     settings = current_settings()
@@ -769,7 +780,8 @@ def _make_manager(spec: Spec, pool: Any, metadata: Any) -> Any:
     args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens = metadata.get_buf_infos()
     setup_state_kv_args(args, pool, None, shape.layers)
     manager_class = _backend_class(spec.backend, "MANAGER")
-    return manager_class(args, DisaggregationMode(spec.role.value), get_server_args(), False)
+    with pool_device.stated_by(pool):
+        return manager_class(args, DisaggregationMode(spec.role.value), get_server_args(), False)
 
 
 def _why_unreachable(manager: Any, bootstrap_addr: str) -> str | None:

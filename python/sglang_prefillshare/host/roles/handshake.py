@@ -11,12 +11,16 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_prefillshare.host.roles.role import role_of
+from sglang_prefillshare.host.transfer import pool_device
 
 LAYOUT_PREFIX = "prefillshare:"
 
 
 def init_kv_manager(original: Callable[..., Any], self: Any) -> Any:
-    """Hook on both queues' `_init_kv_manager`: put the fingerprint where SGLang puts the KV layout."""
+    """Hook on both queues' `_init_kv_manager`: put the fingerprint where SGLang puts the KV layout.
+
+    Our own backend's manager learns meanwhile where the pool is: nothing that SGLang passes it says so.
+    """
     from sglang.srt.disaggregation import decode, prefill
 
     layout = LAYOUT_PREFIX + role_of(self.scheduler).fingerprint
@@ -25,7 +29,8 @@ def init_kv_manager(original: Callable[..., Any], self: Any) -> Any:
     for module in modules:
         module.get_pd_kv_layout = lambda _pool: layout
     try:
-        return original(self)
+        with pool_device.stated_by(self.token_to_kv_pool):
+            return original(self)
     finally:
         for module, function in zip(modules, kept, strict=True):
             module.get_pd_kv_layout = function

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import CommonKVReceiver
 
@@ -77,7 +76,7 @@ class DecodeKVManager(PrefillShareKVManager):
         if self.on_cuda:
             from sglang_prefillshare.handoff.device_copy import DeviceCopier
 
-            self._device_copier = DeviceCopier(torch.device("cuda", self.kv_args.gpu_id))
+            self._device_copier = DeviceCopier(self.device)
             return self._device_copier
         from sglang_prefillshare.handoff import copy
 
@@ -123,8 +122,7 @@ class DecodeKVManager(PrefillShareKVManager):
     def _map_cuda(self, message: messages.Pool) -> PoolView:
         memory = message.memory
         assert isinstance(memory, messages.CudaMemory)
-        torch.cuda.set_device(self.kv_args.gpu_id)  # of this thread, which also copies
-        mapping = CudaMapping(memory.handles, device_uuid=memory.device_uuid)
+        mapping = CudaMapping(memory.handles, device=self.device.index, device_uuid=memory.device_uuid)
         addresses = [mapping.bases[allocation] + offset for allocation, offset in memory.buffers]
         return PoolView.at(addresses, message.geometry.page_bytes, message.page_count, owner=mapping)
 

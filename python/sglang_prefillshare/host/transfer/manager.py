@@ -15,6 +15,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -27,11 +28,12 @@ from sglang.srt.disaggregation.utils import DisaggregationMode
 from sglang.srt.utils.network import NetworkAddress
 
 from sglang_prefillshare.errors import HandoffError
-from sglang_prefillshare.handoff import messages
+from sglang_prefillshare.handoff import cuda_memory, messages
 from sglang_prefillshare.handoff.geometry import KVGeometry
 from sglang_prefillshare.handoff.memory import process_start
 from sglang_prefillshare.handoff.pool import PoolView
 from sglang_prefillshare.host.transfer import wakeup
+from sglang_prefillshare.host.transfer.pool_device import pool_device
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +66,8 @@ class PrefillShareKVManager(CommonKVManager):
                 "Choose --disaggregation-transfer-backend nixl."
             )
         self.fingerprint = str(args.kv_layout or "")
-        self.on_cuda = str(server_args.device).startswith("cuda")
+        self.device = pool_device()
+        """Where the pool is."""
         self.geometry = KVGeometry(
             page_size=args.page_size, kv_dtype=str(args.kv_cache_dtype_str), page_bytes=tuple(args.kv_item_lens)
         )
@@ -78,6 +81,14 @@ class PrefillShareKVManager(CommonKVManager):
             _bytes_at(pointer, length).reshape(length // row, row)
             for pointer, length, row in zip(args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens, strict=True)
         ]
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def with_device(self) -> AbstractContextManager[None]:
+        """What a thread of ours that has to do with the GPU runs in: a new thread is on no GPU, or on GPU 0."""
+        return cuda_memory.on_device(self.device.index) if self.on_cuda else nullcontext()
 
     # ---- for the ends to fill in -----------------------------------------------------------------------------------
 
@@ -137,6 +148,10 @@ class PrefillShareKVManager(CommonKVManager):
 
     def control_loop(self) -> None:
         """The one thread that hears from peers: messages, and deaths."""
+        with self.with_device():
+            self._hear()
+
+    def _hear(self) -> None:
         poller = zmq.Poller()
         poller.register(self.server_socket, zmq.POLLIN)
         while True:

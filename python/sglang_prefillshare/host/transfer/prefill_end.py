@@ -123,9 +123,9 @@ class PrefillKVManager(PrefillShareKVManager):
         return messages.HostMemory(fd=region.fd, region_bytes=region.size, offsets=offsets)
 
     def _cuda_memory(self) -> messages.CudaMemory:
-        allocations = CudaAllocations([int(address) for address in self.pool.addresses])
+        allocations = CudaAllocations([int(address) for address in self.pool.addresses], device=self.device.index)
         return messages.CudaMemory(
-            device_uuid=device_uuid(self.kv_args.gpu_id),
+            device_uuid=device_uuid(self.device.index),
             handles=tuple(allocations.handles),
             buffers=tuple(allocations.places),
         )
@@ -212,14 +212,21 @@ class PrefillKVManager(PrefillShareKVManager):
         if self._announcer is None:
             self._lend(bootstrap_room, index_slice, pages, metadata)
         else:
-            self._announcer.submit(self._lend, bootstrap_room, index_slice, pages, metadata, wait_event)
+            self._announcer.submit(self._lend_later, wait_event, bootstrap_room, index_slice, pages, metadata)
 
-    def _lend(
-        self, room: int, place: slice, pages: bytes, metadata: tuple[bytes, ...] | None, wait_event: Any = None
-    ) -> None:
+    def _lend_later(self, written: Any, room: int, *lent: Any) -> None:
+        """Lend pages once they are `written`: a CUDA event, or None where they are."""
         try:
-            if wait_event is not None:
-                wait_event.synchronize()
+            if written is not None:
+                with self.with_device():
+                    written.synchronize()
+            self._lend(room, *lent)
+        except Exception as error:  # of the GPU, say: nobody looks at what became of the task
+            logger.exception("The pages of room %s could not be lent", room)
+            self.conclude_failure(bootstrap_room=room, failure_reason=f"prefill could not lend its pages: {error}")
+
+    def _lend(self, room: int, place: slice, pages: bytes, metadata: tuple[bytes, ...] | None) -> None:
+        try:
             is_last = metadata is not None
             lent = self.leases.lend(room, first=place.start, page_count=place.stop - place.start, is_last=is_last)
             if lent is None:
