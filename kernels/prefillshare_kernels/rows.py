@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import gcd
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 import triton
@@ -19,9 +19,6 @@ import triton.language as tl
 
 from prefillshare_kernels.pool import VECTOR_BYTES, KVPool
 
-WARPS: Final = 4
-WORDS_PER_PROGRAM: Final = 2048
-"""16 words for each of 128 threads: with words of 8 bytes, 16 KiB a program and 8 vector loads in flight a thread."""
 LINE_BYTES: Final = 128
 """A column tile is no narrower than a cache line, unless the row is."""
 _WORDS: Final = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
@@ -42,6 +39,34 @@ class Staged:
     """`staging`, uint8 [bytes], holds [buffer][token][head_count heads] without gaps from its start on."""
 
     staging: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a copy is cut into programs: nothing of it changes what is copied.
+
+    A program copies a tile of `words` words with `warps` warps. `eviction` is the L2 hint of every row's access, as
+    Triton calls it. With `is_buffer_first` neighbours in the grid copy the same tokens of different buffers, else
+    different tokens of the same buffer.
+    """
+
+    words: int = 2048
+    warps: int = 4
+    eviction: Literal["", "evict_first", "evict_last"] = ""
+    is_buffer_first: bool = False
+
+
+LARGE: Final = Tuning()
+"""16 words for each of 128 threads: with words of 8 bytes, 16 KiB a program and 8 vector loads in flight a thread."""
+SMALL: Final = Tuning(words=512)
+"""4 KiB a program: a copy of 1 MiB is 256 programs, so that all of a GPU's 132 multiprocessors have some of it."""
+SMALL_COPY_BYTES: Final = 4 << 20
+"""Up to here `SMALL`: in tiles of `LARGE` it would be under two programs for each of 132 multiprocessors."""
+
+
+def tuning_for(copied_bytes: int) -> Tuning:
+    """The tuning of a copy of so many bytes, over all buffers."""
+    return SMALL if copied_bytes <= SMALL_COPY_BYTES else LARGE
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,15 +153,17 @@ def copy_rows(
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
     COLUMN_BLOCKS: tl.constexpr,
+    EVICTION: tl.constexpr,
+    IS_BUFFER_FIRST: tl.constexpr,
 ) -> None:
-    """Copy a tile of TOKENS rows by COLUMNS words in buffer `program_id(1)`.
+    """Copy a tile of TOKENS rows by COLUMNS words in buffer `program_id(1)`, or `program_id(0)` with IS_BUFFER_FIRST.
 
     Tables are `KVPool.table`. A page list is None for a staged side, and a staging buffer None for a paged one.
     HEAD_BYTES is 0 where it differs between buffers, to be read from the table. Words are integers, so that no bit
     pattern has a meaning. ALIGN_BYTES divides every address that a row or a slice of heads starts at.
     """
-    block = tl.program_id(0)
-    buffer = tl.program_id(1)
+    block = tl.program_id(1 if IS_BUFFER_FIRST else 0)
+    buffer = tl.program_id(0 if IS_BUFFER_FIRST else 1)
     # Column blocks of the same rows are neighbours in the grid, and run at about the same time.
     token = (block // COLUMN_BLOCKS) * TOKENS + tl.arange(0, TOKENS)
     column = (block % COLUMN_BLOCKS) * COLUMNS + tl.arange(0, COLUMNS)
@@ -157,31 +184,33 @@ def copy_rows(
     source_offsets = _row_offsets(source_pages, source_first + token, is_wanted, source_row, SOURCE_PAGE_SIZE)
     target_offsets = _row_offsets(target_pages, target_first + token, is_wanted, target_row, TARGET_PAGE_SIZE)
     mask = is_wanted[:, None] & (column < width)[None, :]
-    words = tl.load(source + (source_offsets[:, None] + column[None, :]), mask=mask)
-    tl.store(target + (target_offsets[:, None] + column[None, :]), words, mask=mask)
+    words = tl.load(source + (source_offsets[:, None] + column[None, :]), mask=mask, eviction_policy=EVICTION)
+    tl.store(target + (target_offsets[:, None] + column[None, :]), words, mask=mask, eviction_policy=EVICTION)
 
 
-def tile(width_words: int, word_bytes: int) -> tuple[int, int]:
-    """(tokens, columns) of a tile for rows of which `width_words` words are copied; both are powers of two.
+def tile(width_words: int, word_bytes: int, tile_words: int) -> tuple[int, int]:
+    """(tokens, columns) of a tile of `tile_words` words for rows of which `width_words` words are copied.
+
+    All are powers of two but `width_words`.
 
     Of the column tiles from a cache line up, the one that leaves the fewest lanes idle, and of these the widest:
     rows of 256 words go in tiles of 256, rows of 144 in tiles of 16.
     """
-    whole = min(triton.next_power_of_2(width_words), WORDS_PER_PROGRAM)
+    whole = min(triton.next_power_of_2(width_words), tile_words)
     columns = whole
     candidate = whole // 2
     while candidate >= LINE_BYTES // word_bytes:
         if triton.cdiv(width_words, candidate) * candidate < triton.cdiv(width_words, columns) * columns:
             columns = candidate
         candidate //= 2
-    return WORDS_PER_PROGRAM // columns, columns
+    return tile_words // columns, columns
 
 
-def plan(source: Paged | Staged, target: Paged | Staged, *, tokens: int, head_count: int) -> Launch | None:
+def plan(source: Paged | Staged, target: Paged | Staged, *, tokens: int, head_count: int, tuning: Tuning | None = None) -> Launch | None:
     """Decide the launch that copies `tokens` tokens of `head_count` heads, or None where there is nothing to copy.
 
     At least one side is `Paged`. A page list has exactly the pages that [0, first + tokens) takes. Page numbers are
-    not looked at, that would wait for the GPU: see `check_pages`. Raises `ValueError` for anything else that is wrong.
+    not looked at, that would wait for the GPU: see `check_pages`. `tuning` is by default `tuning_for` this size. Raises `ValueError` for anything else that is wrong.
     """
     pools = [side.pool for side in (source, target) if isinstance(side, Paged)]
     assert pools, "one side is a pool"
@@ -206,9 +235,13 @@ def plan(source: Paged | Staged, target: Paged | Staged, *, tokens: int, head_co
             alignment = gcd(alignment, side.staging.data_ptr())
     word_bytes = min(8, alignment)
     width_words = head_count * max(head_bytes) // word_bytes
-    token_tile, columns = tile(width_words, word_bytes)
+    if tuning is None:
+        tuning = tuning_for(tokens * head_count * sum(pool.head_bytes))
+    token_tile, columns = tile(width_words, word_bytes, tuning.words)
     column_blocks = triton.cdiv(width_words, columns)
-    grid = (triton.cdiv(tokens, token_tile) * column_blocks, len(pool.addresses))
+    grid = grid_of(
+        tokens, len(pool.addresses), tokens_per_tile=token_tile, column_blocks=column_blocks, tuning=tuning
+    )
     if grid[0] >= 1 << 31 or grid[1] >= 1 << 16 or tokens + _first(source) + _first(target) + token_tile >= 1 << 31:
         raise ValueError(
             f"{tokens} tokens of {len(pool.addresses)} buffers make a grid of {grid}, wanted below 2**31 tokens and "
@@ -242,9 +275,19 @@ def plan(source: Paged | Staged, target: Paged | Staged, *, tokens: int, head_co
             "TOKENS": token_tile,
             "COLUMNS": columns,
             "COLUMN_BLOCKS": column_blocks,
-            "num_warps": WARPS,
+            "EVICTION": tuning.eviction,
+            "IS_BUFFER_FIRST": tuning.is_buffer_first,
+            "num_warps": tuning.warps,
         },
     )
+
+
+def grid_of(
+    tokens: int, buffer_count: int, *, tokens_per_tile: int, column_blocks: int, tuning: Tuning
+) -> tuple[int, int]:
+    """The programs that copy `tokens` tokens of every buffer."""
+    blocks = -(-tokens // tokens_per_tile) * column_blocks
+    return (buffer_count, blocks) if tuning.is_buffer_first else (blocks, buffer_count)
 
 
 def run(launch: Launch | None, device: torch.device) -> None:

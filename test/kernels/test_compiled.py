@@ -21,7 +21,7 @@ from triton.runtime import driver
 
 from prefillshare_kernels import rows
 from prefillshare_kernels.pool import KVPool
-from prefillshare_kernels.rows import WARPS, WORDS_PER_PROGRAM, Launch, Paged, Staged, plan
+from prefillshare_kernels.rows import LARGE, Launch, Paged, Staged, plan
 
 pytestmark = [
     pytest.mark.skipif(not isinstance(rows.copy_rows, triton.JITFunction), reason="needs TRITON_INTERPRET to be unset"),
@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 CPU = torch.device("cpu")
-VECTORS_PER_THREAD = WORDS_PER_PROGRAM // (32 * WARPS) // 2
+VECTORS_PER_THREAD = LARGE.words // (32 * LARGE.warps) // 2
 """16-byte accesses, of two words each."""
 
 
@@ -144,4 +144,4 @@ def test_no_request_costs_a_compilation_of_its_own(arch: int) -> None:
         part = plan(Paged(base, source_pages, head=head), Paged(decode, target_pages), tokens=4096, head_count=1)
         assert part is not None
         hashes.add(compiled(part).hash)
-    assert len(hashes) == 2  # one for all heads, one for one head
+    assert len(hashes) == 3  # all heads of a small and of a large copy, one head of a small one

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from prefillshare_kernels import rows
 from prefillshare_kernels.copy_pages import copy_pages
 from prefillshare_kernels.pool import KVPool
-from prefillshare_kernels.rows import WORDS_PER_PROGRAM, Paged, Staged, plan, tile
+from prefillshare_kernels.rows import LARGE, Paged, Staged, plan, tile
 
 CPU = torch.device("cpu")
 MANY = 1 << 16
@@ -44,13 +44,13 @@ def pages(count: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     ],
 )
 def test_tiles_leave_few_lanes_idle(width_words: int, word_bytes: int, expected: tuple[int, int]) -> None:
-    assert tile(width_words, word_bytes) == expected
+    assert tile(width_words, word_bytes, LARGE.words) == expected
 
 
 @given(width_words=st.integers(1, 1 << 16), word_bytes=st.sampled_from((1, 2, 4, 8)))
 def test_a_tile_is_one_program_of_whole_cache_lines(width_words: int, word_bytes: int) -> None:
-    tokens, columns = tile(width_words, word_bytes)
-    assert tokens * columns == WORDS_PER_PROGRAM
+    tokens, columns = tile(width_words, word_bytes, LARGE.words)
+    assert tokens * columns == LARGE.words
     assert columns & (columns - 1) == 0
     assert columns * word_bytes >= 128 or columns // 2 < width_words <= columns
     assert columns // 2 < width_words

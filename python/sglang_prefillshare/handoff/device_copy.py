@@ -2,41 +2,86 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 
-from prefillshare_kernels.copy_pages import copy_pages
+from prefillshare_kernels.planned import PlannedCopy
 from prefillshare_kernels.pool import KVPool
 from sglang_prefillshare.handoff.pool import PageList, PoolView, check_copy
+
+IN_PLACE_PAGES: Final = 64
+"""Page lists up to here are read by the kernel where they lie, in pinned memory of the host.
+
+Every buffer's programs read them again over PCIe, which for short lists is quicker than to queue a copy of them and to
+have the kernel wait for it; longer ones are copied to the GPU once."""
 
 
 class DeviceCopier:
     """Copies on a stream of its own, beside the batches that the scheduler runs, and returns when the copy is done.
 
-    For one thread. Kernels take a page for a row: whole pages move, whatever their size in tokens.
+    For one thread. Kernels take a page for a row: whole pages move, whatever their size in tokens. What is the same in
+    every copy of a pair of pools is done in `prepare`; a copy allocates nothing.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, in_place_pages: int = IN_PLACE_PAGES) -> None:
         self._device = device
+        self._in_place_pages = in_place_pages
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream_handle: int | None = self._stream.cuda_stream if self._stream is not None else None
         self._pools: dict[int, tuple[PoolView, KVPool]] = {}
+        self._copies: dict[tuple[int, int], PlannedCopy] = {}
+        self._reserve(1)
+
+    def prepare(self, source: PoolView, target: PoolView) -> None:
+        """Plan copies from `source` to `target`, and compile and load their kernels: seconds where they are not cached.
+
+        Call it when the pool is mapped, so that no request pays for it; a copy between pools that are not prepared
+        prepares them. Both are kept until `forget`. Raises `HandoffError` for pools of different geometry.
+        """
+        none = np.zeros(0, np.int32)
+        check_copy(source, target, none, none)
+        self._make_current()
+        self._copies[id(source), id(target)] = PlannedCopy(self._described(source), self._described(target))
+        self._reserve(target.page_count)  # target pages are distinct
 
     def __call__(self, source: PoolView, target: PoolView, source_pages: PageList, target_pages: PageList) -> None:
-        check_copy(source, target, source_pages, target_pages)
-        if len(source_pages) == 0:
+        count = len(source_pages)
+        if count == 0 or len(target_pages) != count or source_pages.dtype != np.int32 or target_pages.dtype != np.int32:
+            check_copy(source, target, source_pages, target_pages)
+            if count == 0:
+                return
+        if (id(source), id(target)) not in self._copies:
+            self.prepare(source, target)
+        if 2 * count > len(self._numbers):
+            self._reserve(count)
+        # The last copy has run, so that nothing reads the lists any more.
+        self._numbers[:count] = source_pages
+        self._numbers[count : 2 * count] = target_pages
+        # As unsigned numbers negative ones are the largest: one look at each list.
+        if (
+            np.maximum.reduce(self._unsigned[:count]) >= source.page_count
+            or np.maximum.reduce(self._unsigned[count : 2 * count]) >= target.page_count
+        ):
+            check_copy(source, target, source_pages, target_pages)
+        copy = self._copies[id(source), id(target)]
+        if self._stream is None:
+            copy(self._host_lists, count)
             return
-        with self._on_stream():
-            lists = torch.from_numpy(np.stack((source_pages, target_pages)).astype(np.int32)).to(self._device)
-            copy_pages(self._described(source), self._described(target), lists[0], lists[1])
-        if self._stream is not None:
-            self._stream.synchronize()
+        self._make_current()
+        lists = self._host_lists
+        if count > self._in_place_pages:
+            lists = self._device_lists
+            with torch.cuda.stream(self._stream):
+                lists[: 2 * count].copy_(self._host_lists[: 2 * count], non_blocking=True)
+        copy(lists, count, stream=self._stream_handle)
+        self._stream.synchronize()
 
     def forget(self, view: PoolView) -> None:
         """Drop what is kept about a pool that is not mapped any more."""
         self._pools.pop(id(view), None)
+        self._copies = {pair: copy for pair, copy in self._copies.items() if id(view) not in pair}
 
     def _described(self, view: PoolView) -> KVPool:
         if id(view) not in self._pools:
@@ -50,8 +95,19 @@ class DeviceCopier:
             self._pools[id(view)] = (view, pool)  # with the view, so that its id stays its own
         return self._pools[id(view)][1]
 
-    def _on_stream(self) -> contextlib.AbstractContextManager[Any]:
-        if self._stream is None:
-            return contextlib.nullcontext()
-        torch.cuda.set_device(self._device)
-        return torch.cuda.stream(self._stream)  # type: ignore[no-any-return]
+    def _reserve(self, count: int) -> None:
+        """Have room for two page lists of `count` pages each."""
+        if hasattr(self, "_numbers") and 2 * count <= len(self._numbers):
+            return
+        on_cuda = self._device.type == "cuda"
+        self._host_lists = torch.zeros(2 * count, dtype=torch.int32, pin_memory=on_cuda)
+        self._device_lists = torch.zeros(2 * count, dtype=torch.int32, device=self._device)
+        if on_cuda:
+            torch.cuda.current_stream(self._device).synchronize()  # the zeros must not come after our own stream's lists
+        self._numbers = self._host_lists.numpy()
+        self._unsigned = self._numbers.view(np.uint32)
+
+    def _make_current(self) -> None:
+        """Make the device current in this thread, where anything may have run since the last copy."""
+        if self._stream is not None:
+            torch.cuda.set_device(self._device)
