@@ -128,9 +128,12 @@ def test_a_template_that_rewrites_past_answers_teaches_the_plain_content(
         part = prepared(tmp_path, [{"messages": CHAT[:3]}], tokenizer)
         assert texts(part, tokenizer)[0][1] == "Paris.<|im_end|>"
         calls = [{"function": {"name": "add", "arguments": {}}}]
-        with pytest.raises(ConfigError, match="Give the answer as plain content"):
-            asked = [*CHAT[:2], {"role": "assistant", "content": "", "tool_calls": calls}]
+        asked = [*CHAT[:2], {"role": "assistant", "content": "", "tool_calls": calls}]
+        with pytest.raises(ConfigError, match="1 with tool calls elsewhere than behind the generation prompt"):
             prepared(tmp_path, [{"messages": asked}], tokenizer)
+        thought = [*CHAT[:2], CHAT[2] | {"reasoning_content": "Hm."}]
+        with pytest.raises(ConfigError, match="1 with reasoning elsewhere than behind the generation prompt"):
+            prepared(tmp_path, [{"messages": thought}], tokenizer)
     finally:
         tokenizer.chat_template = template
 
@@ -174,6 +177,14 @@ def test_what_cannot_be_learned_from_is_dropped_on_request(tmp_path: Path, token
         ('{"messages": "a"}', "messages is str, wanted a list of messages"),
         ('{"messages": [{"role": "user"}, 3]}', r"messages\[1\] is 3, wanted an object with role and content"),
         ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "content is list, wanted text"),
+        (
+            '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}]}',
+            "wanted an object with function: {name, arguments}",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}]}',
+            "arguments of f are .1., wanted an object",
+        ),
         ('{"messages": [{"role": "user", "content": "a"}], "tools": [3]}', r"tools\[0\] is 3, wanted a function"),
     ],
 )
@@ -194,6 +205,207 @@ def test_a_dataset_that_cannot_be_loaded_is_named(
     source = Source(path=str(tmp_path / "empty"))
     with pytest.raises(ConfigError, match="cannot load dataset"):
         prepare([source], Data(train=(source,)), tokenizer)
+
+
+# What a chat template leaves out
+
+
+def template(answer: str, opening: str = "") -> str:
+    """A chat template that writes answers as `answer` does, of `m`, behind a generation prompt with `opening`."""
+    return (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
+        + answer
+        + "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        + "{% if add_generation_prompt %}<|im_start|>assistant\n"
+        + opening
+        + "{% endif %}"
+    )
+
+
+def call(name: str, arguments: dict[str, Any] | str) -> dict[str, Any]:
+    return {"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def answered(tokenizer: Any, folder: Path, style: str, answer: dict[str, Any], opening: str = "") -> str:
+    """What is learned of `answer` under a template of this style; `ConfigError` where it is refused."""
+    own = make_tokenizer().__class__(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
+    own.chat_template = template(style, opening)
+    said = {"role": "assistant", "content": ""} | answer
+    (example,) = prepared(folder, [{"messages": [*CHAT[:2], said], "tools": [TOOL]}], own).examples
+    return str(own.decode(example.response)).removesuffix("<|im_end|>")
+
+
+AS_JSON = (
+    "{{ m.content }}{% for c in m.tool_calls %}"
+    '<call>{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}</call>{% endfor %}'
+)
+AS_TAGS = (
+    "{{ m.content }}{% for c in m.tool_calls %}<{{ c.function.name }}>"
+    "{% for k, v in c.function.arguments.items() %}<{{ k }}>{{ v if v is string else v | tojson }}</{{ k }}>"
+    "{% endfor %}</{{ c.function.name }}>{% endfor %}"
+)
+AS_PYTHON = (
+    "{{ m.content }}[{% for c in m.tool_calls %}{{ c.function.name }}({% for k, v in c.function.arguments.items() %}"
+    "{{ k }}={% if v is boolean %}{{ 'True' if v else 'False' }}{% else %}{{ v }}{% endif %}, {% endfor %})"
+    "{% endfor %}]"
+)
+IN_A_FENCE = (
+    "{% for c in m.tool_calls %}```{{ {'parameters': c.function.arguments, 'function': c.function.name} | "
+    "tojson(indent=2) }}```{% endfor %}{{ m.content | trim }}"
+)
+AS_JSON_OF_ALL = "{{ {'c': m.content, 't': m.tool_calls} | tojson }}"
+ONE_TOOL = (
+    "{{ m.content }}{% for c in m.tool_calls %}{% if c.function.name != 'add' %}{{ raise_exception('unknown') }}"
+    "{% endif %}{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}"
+)
+THINKING = (
+    "{% set r = m.reasoning_content or '' %}{% set c = m.content %}{% if '</think>' in c %}"
+    "{% set r = c.split('</think>')[0].split('<think>')[-1] %}{% set c = c.split('</think>')[-1] %}{% endif %}"
+    "<think>\n{{ r | trim }}\n</think>\n\n{{ c | trim }}"
+)
+CALLS = {
+    "two": [call("add", {"first": 1, "second": 11}), call("add", {"first": 1})],
+    "twice the same": [call("add", {"first": 1}), call("add", {"first": 1})],
+    "text": [call("add", {"why": ' "so" <b>\n it’s é ', "none": None, "empty": ""})],
+    "JSON text": [call("add", '{"second" : 2.50, "first": 1e-05}')],
+    "switches": [call("add", {"is_exact": False, "is_loud": True})],
+    "parts": [call("add", {"first": [1, {"a": []}, {}], "second": {"b": [True, None]}})],
+    "none": [call("add", {})],
+}
+
+
+@pytest.mark.parametrize(
+    "style",
+    [AS_JSON, AS_TAGS, AS_PYTHON, IN_A_FENCE, AS_JSON_OF_ALL, ONE_TOOL],
+    ids=["JSON", "tags", "Python", "fence", "JSON of all", "one tool"],
+)
+@pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS.keys())
+@pytest.mark.parametrize("content", ["", " I'll  add “it”.\n\nNow. \n"], ids=["alone", "with content"])
+def test_tool_calls_may_be_written_in_any_way(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, style: str, calls: list[dict[str, Any]], content: str
+) -> None:
+    response = answered(tokenizer, tmp_path, style, {"content": content, "tool_calls": calls})
+    assert response.count("add") - content.count("add") >= len(calls)
+
+
+@pytest.mark.parametrize(
+    ("answer", "opening", "response"),
+    [
+        ({"content": "So.", "reasoning_content": " Hm,\n is it? "}, "", "<think>\nHm,\n is it?\n</think>\n\nSo."),
+        ({"content": "<think>Hm.</think>So."}, "", "<think>\nHm.\n</think>\n\nSo."),
+        ({"content": "<think>Hm.</think>So."}, "<think>\n", "Hm.\n</think>\n\nSo."),
+        ({"content": " So. \n"}, "<think>\n\n</think>\n\n", "So."),
+        ({"content": "So.<|im_end|>"}, "", "<think>\n\n</think>\n\nSo."),
+    ],
+)
+def test_reasoning_and_content_may_be_set_apart_and_trimmed(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, answer: dict[str, Any], opening: str, response: str
+) -> None:
+    assert answered(tokenizer, tmp_path, THINKING, answer, opening) == response
+
+
+ADDING = {"content": "I add.", "tool_calls": [call("add", {"first": 1, "second": {"name": "b", "is_exact": True}})]}
+TWICE = {"content": "", "tool_calls": [call("add", {"first": 1}), call("add", {"first": 1})]}
+LOSSY: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "no calls": ("{{ m.content }}", ADDING, "tool calls", "tool_calls[0].function.name"),
+    "no calls, no content": ("{{ m.content }}", TWICE, "tool calls", "tool_calls[0].function.name"),
+    "how many calls": ("{{ m.tool_calls | length }} calls", TWICE, "tool calls", "tool_calls[0].function.name"),
+    "the first call": (
+        "{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments }}",
+        TWICE,
+        "tool calls",
+        "tool_calls[1].function.name",
+    ),
+    "names": (
+        "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}",
+        ADDING,
+        "tool calls",
+        "tool_calls[0].function.arguments.first",
+    ),
+    "numbers": (
+        "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}"
+        "{% for v in c.function.arguments.values() if v is number %}{{ v }}{% endfor %}{% endfor %}",
+        ADDING,
+        "tool calls",
+        "tool_calls[0].function.arguments.second.name",
+    ),
+    "no switches": (
+        "{{ m.content }}{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments.first }}"
+        "{{ c.function.arguments.second.name }}{% endfor %}",
+        ADDING,
+        "tool calls",
+        "tool_calls[0].function.arguments.second.is_exact",
+    ),
+    "calls behind the end": (AS_JSON.replace("{% for", "<|im_end|>{% for"), ADDING, "tool calls", "tool_calls[0]"),
+    "calls or content": (
+        "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}",
+        ADDING,
+        "content",
+        "content",
+    ),
+    "half of the content": ("{{ m.content[:9] }}", {"content": "I cannot do that."}, "content", "content"),
+    "content behind the end": ("{{ m.content }}", {"content": "Yes.<|im_end|>Or no."}, "content", "content"),
+    "content with reasoning": (
+        "{{ m.content.split('</think>')[-1] }}",
+        {"content": "<think>Hm.</think>So."},
+        "content",
+        "content",
+    ),
+    "no reasoning": (
+        "{{ m.content }}",
+        {"content": "So.", "reasoning_content": "Hm."},
+        "reasoning",
+        "reasoning_content",
+    ),
+    "another name": (THINKING, {"content": "So.", "reasoning": "Hm."}, "reasoning", "reasoning"),
+    "a third name": (THINKING, {"content": "So.", "thinking": "Hm."}, "reasoning", "thinking"),
+    "a call of old": (
+        AS_JSON,
+        {"content": "So.", "function_call": {"name": "add", "arguments": "{}"}},
+        "tool calls",
+        "function_call",
+    ),
+}
+
+
+@pytest.mark.parametrize(("style", "answer", "kind", "place"), LOSSY.values(), ids=LOSSY.keys())
+def test_an_answer_that_the_template_renders_in_part_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, style: str, answer: dict[str, Any], kind: str, place: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        answered(tokenizer, tmp_path, style, answer)
+    message = str(refused.value)
+    assert f"1 with {kind} that the rendered answer lacks (first {tmp_path / 'data.jsonl'}:1, {place}" in message
+    assert "give a template that renders it (chat_template), or remove the field" in message
+
+
+def test_answers_that_lost_something_are_counted_by_kind_and_dropped_on_request(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    calling = {"role": "assistant", "content": "", "tool_calls": TWICE["tool_calls"]}
+    told = {"role": "tool", "content": "2", "tool_call_id": "1"}
+    thinking = CHAT[4] | {"reasoning_content": "Hm."}
+    records = [{"messages": [*CHAT[:2], calling, told, CHAT[2], *CHAT[3:]]}, {"messages": [*CHAT[:4], thinking]}]
+    with pytest.raises(ConfigError) as refused:
+        prepared(tmp_path, records, tokenizer)
+    assert "2 of 5 examples cannot be learned from: 1 with tool calls" in str(refused.value)
+    assert f"{tmp_path / 'data.jsonl'}:1, message 3, tool_calls[0].function.name); 1 with reason" in str(refused.value)
+    part = prepared(tmp_path, records, tokenizer, drop_invalid=True)
+    responses = [response for _, response in texts(part, tokenizer)]
+    assert responses == ["Paris.<|im_end|>", "2, 3 and 5.<|im_end|>", "Paris.<|im_end|>"]
+    # An earlier answer that the template does not show whole is what serving shows, too.
+    assert part.dropped.total == 2
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    lines, listed = tmp_path / "marked.jsonl", tmp_path / "marked.json"
+    lines.write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD) + "\n", encoding="utf-8-sig")
+    listed.write_text(json.dumps([GOOD]), encoding="utf-8-sig")
+    assert lines.read_bytes().startswith(b"\xef\xbb\xbf")
+    for path, count in ((lines, 2), (listed, 1)):
+        source = Source(path=str(path))
+        part = prepare([source], Data(train=(source,)), tokenizer)
+        assert texts(part, tokenizer) == [("two words", "yes<|im_end|>")] * count
 
 
 def test_shares_are_cut_to_whole_tokens_below_the_last() -> None:

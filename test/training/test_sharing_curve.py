@@ -166,6 +166,17 @@ def test_choices_are_named_by_index_or_text(tmp_path: Path) -> None:
     assert [len(question.answers) for question in tasks.questions] == [3, 3]
 
 
+def test_an_answer_that_is_rendered_in_part_is_refused_and_a_byte_order_mark_is_not(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "t.jsonl", [GOOD])
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(read_tasks(str(file), make_tokenizer()).questions) == 1
+    calls = [{"function": {"name": "add", "arguments": {}}}]
+    answer = [{"role": "assistant", "content": "So.", "tool_calls": calls}]
+    write_jsonl(file, [{"prompt": [{"role": "user", "content": "2+3"}], "answer": answer}])
+    with pytest.raises(ConfigError, match=r"t.jsonl:1, tool_calls\[0\].function.name: tool calls that the rendered"):
+        read_tasks(str(file), make_tokenizer())
+
+
 GOOD = {"prompt": "a b", "answer": "c"}
 
 

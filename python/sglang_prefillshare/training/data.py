@@ -11,7 +11,8 @@ every assistant turn (of `completion`, of `messages`) becomes an example of its 
 answers: serving prefills those with the base, and so does training.
 
 Prompt and response are tokenised apart. Tokenised together, a token could span the boundary, and the prompt would be
-another one than serving sends. Owns reading, rendering and checks; padding is `loss.py`'s.
+another one than serving sends. Owns reading, rendering and checks; whether a rendered answer is whole, `answer.py`
+says, and padding is `loss.py`'s.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import numpy as np
 import xxhash
 
 from sglang_prefillshare.errors import ConfigError
+from sglang_prefillshare.training.answer import CONTENT, REASONING, TOOL_CALLS, first_lost, until_stop
 from sglang_prefillshare.training.recipe import Columns, Data, RandomShare, Source
 
 if TYPE_CHECKING:
@@ -40,7 +42,13 @@ SHORT_PROMPT: Final = "a prompt of one token, which leaves the base none to pref
 LONG_PROMPT: Final = "a prompt that leaves no room for a response within max_length"
 LONG_EXAMPLE: Final = "more tokens than max_length, prompt and response together"
 NO_TURN: Final = "no assistant turn to learn"
+LOST: Final = {kind: f"{kind} that the rendered answer lacks" for kind in (TOOL_CALLS, CONTENT, REASONING)}
+ELSEWHERE: Final = {kind: f"{kind} elsewhere than behind the generation prompt" for kind in LOST}
 
+_IF_LOST: Final = (
+    "What the chat template leaves out, no module learns to say: give a template that renders it (chat_template), or "
+    "remove the field from the record. SGLang gives templates reasoning as reasoning_content alone. "
+)
 _BATCH: Final = 1000
 _TOOL_KEYS: Final = ("description", "name", "parameters")
 _OPTIONAL_TOOL_KEYS: Final = ("strict", "defer_loading")
@@ -118,9 +126,10 @@ def prepare(sources: Sequence[Source], data: Data, tokenizer: Any, *, stop_ids: 
         counts[reason] += 1
         first.setdefault(reason, where)
 
+    ends = stop_texts(tokenizer, stops)
     examples: list[Tokens] = []
     digest = xxhash.xxh3_128()
-    for turns in _batched(_turns(sources, data, tokenizer, drop), _BATCH):
+    for turns in _batched(_turns(sources, data, tokenizer, ends, drop), _BATCH):
         for turn, tokens in zip(turns, tokenise(turns, tokenizer, stops, append_eos=data.append_eos), strict=True):
             reason = _unusable(tokens, data.max_length)
             if reason is not None:
@@ -132,10 +141,11 @@ def prepare(sources: Sequence[Source], data: Data, tokenizer: Any, *, stop_ids: 
     dropped = Dropped(dict(counts), first)
     names = ", ".join(source.path for source in sources)
     if dropped.total and not data.drop_invalid:
+        is_lost = not counts.keys().isdisjoint([*LOST.values(), *ELSEWHERE.values()])
         raise ConfigError(
             f"{names}: {dropped.total} of {dropped.total + len(examples)} examples cannot be learned from: "
-            f"{dropped.describe()}. Mend the data or raise data.max_length ({data.max_length}), or drop them with "
-            "data.drop_invalid: true."
+            f"{dropped.describe()}. {_IF_LOST if is_lost else ''}Mend the data or raise data.max_length "
+            f"({data.max_length}), or drop them with data.drop_invalid: true."
         )
     if not examples:
         found = f", all {dropped.total} dropped: {dropped.describe()}" if dropped.total else ""
@@ -198,7 +208,7 @@ def read_records(source: Source) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     where = f"{path}:{number}"
@@ -209,7 +219,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 
 def _read_json(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
-        records = _parse_json(path.read_text(encoding="utf-8"), str(path))
+        records = _parse_json(path.read_text(encoding="utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}. Give a JSON file in UTF-8.") from error
     if not isinstance(records, list):
@@ -258,19 +268,37 @@ def _load_dataset(source: Source) -> Iterable[Mapping[str, Any]]:
 # Rendering
 
 
-def _turns(sources: Sequence[Source], data: Data, tokenizer: Any, drop: Callable[[str, str], None]) -> Iterator[Turn]:
+def stop_texts(tokenizer: Any, stops: Iterable[int]) -> list[str]:
+    """What the tokens of `stops` look like in a rendered text. One that is no token of its own there has no text."""
+    added = tokenizer.added_tokens_decoder
+    return [str(added[stop]) for stop in stops if stop in added]
+
+
+def _turns(
+    sources: Sequence[Source], data: Data, tokenizer: Any, ends: Sequence[str], drop: Callable[[str, str], None]
+) -> Iterator[Turn]:
     for source in sources:
         for where, record in read_records(source):
-            yield from render_turns(record, where, data, tokenizer, drop)
+            yield from render_turns(record, where, data, tokenizer, ends, drop)
 
 
 def render_turns(
-    record: Mapping[str, Any], where: str, data: Data, tokenizer: Any, drop: Callable[[str, str], None]
+    record: Mapping[str, Any],
+    where: str,
+    data: Data,
+    tokenizer: Any,
+    ends: Sequence[str],
+    drop: Callable[[str, str], None],
 ) -> Iterator[Turn]:
-    """The turns of one record; `drop` is told the reason and the place of each that cannot be learned from."""
+    """The turns of one record; `drop` is told the reason and the place of each that cannot be learned from.
+
+    `ends` are the texts at which serving stops: what a template writes behind one is not learned.
+    """
     columns = data.columns
+    said: list[Mapping[str, Any]]
     if record.get(columns.messages) is not None:
-        messages = _messages(record[columns.messages], where, columns.messages)
+        said = record[columns.messages]
+        messages = _messages(said, where, columns.messages)
         first = 0
     else:
         prompt, completion = _prompt_and_completion(record, where, columns)
@@ -286,6 +314,7 @@ def render_turns(
             completion = [{"role": "assistant", "content": completion}]
         asked = _messages(prompt, where, columns.prompt)
         messages = asked + _messages(completion, where, columns.completion)
+        said = [*prompt, *completion]
         first = len(asked)
     tools = _tools(record.get(columns.tools), where, columns.tools)
     learned = [index for index in range(first, len(messages)) if messages[index]["role"] == "assistant"]
@@ -299,60 +328,85 @@ def render_turns(
         elif not message["content"].strip() and not message.get("tool_calls"):
             drop(EMPTY_RESPONSE, at)
         else:
-            yield _chat_turn(messages[:index], message, tools, at, data.chat_template_kwargs, tokenizer)
+            rendering = _Rendering(tokenizer, tools, data.chat_template_kwargs, at)
+            turn = _chat_turn(messages[:index], message, said[index], rendering, ends, drop)
+            if turn is not None:
+                yield turn
+
+
+@dataclass(frozen=True, slots=True)
+class _Rendering:
+    """A chat template with all that one record gives it beside its messages."""
+
+    tokenizer: Any
+    tools: list[dict[str, Any]] | None
+    template_kwargs: Mapping[str, Any]
+    where: str
+
+    def __call__(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
+        """Raises `ConfigError` where the template raises anything."""
+        try:
+            try:
+                return self._render(messages, self.tools, add_generation_prompt)
+            except Exception:
+                if not self.tools:
+                    raise
+                # As SGLang: some templates want the functions without OpenAI's wrapper.
+                flat = [tool.get("function", tool) for tool in self.tools]
+                return self._render(messages, flat, add_generation_prompt)
+        except Exception as error:  # a template may raise anything
+            raise ConfigError(
+                f"{self.where}: the chat template cannot render this conversation: {type(error).__name__}: {error}. "
+                "Mend the record, or give another template with chat_template."
+            ) from error
+
+    def _render(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool
+    ) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            **self.template_kwargs,
+        )
+        return text
 
 
 def _chat_turn(
     history: list[dict[str, Any]],
     answer: dict[str, Any],
-    tools: list[dict[str, Any]] | None,
-    where: str,
-    template_kwargs: Mapping[str, Any],
-    tokenizer: Any,
-) -> Turn:
-    """The prompt as serving renders it, and what the template would have put behind it for this answer."""
-
-    def render(messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
-        try:
-            try:
-                text = _render(tokenizer, messages, tools, add_generation_prompt, template_kwargs)
-            except Exception:
-                if not tools:
-                    raise
-                # As SGLang: some templates want the functions without OpenAI's wrapper.
-                flat = [tool.get("function", tool) for tool in tools]
-                text = _render(tokenizer, messages, flat, add_generation_prompt, template_kwargs)
-        except Exception as error:  # a template may raise anything
-            raise ConfigError(
-                f"{where}: the chat template cannot render this conversation: {type(error).__name__}: {error}. "
-                "Mend the record, or give another template with chat_template."
-            ) from error
-        return text
-
+    said: Mapping[str, Any],
+    render: _Rendering,
+    ends: Sequence[str],
+    drop: Callable[[str, str], None],
+) -> Turn | None:
+    """The prompt as serving renders it, and what the template would have put behind it for this answer; `None` for a
+    response that lacks something of the message `said`."""
     prompt = render(history, add_generation_prompt=True)
-    whole = render([*history, answer], add_generation_prompt=False)
-    if whole.startswith(prompt):
-        return Turn(where, prompt, whole[len(prompt) :], has_special=True)
-    # The template writes a past answer in another way than a coming one (it drops its reasoning, say).
-    if answer.get("tool_calls") or answer.get("reasoning_content"):
-        raise ConfigError(
-            f"{where}: the chat template renders this answer's tool calls or reasoning elsewhere than behind the "
-            "generation prompt, so what the module should write is not known. Give the answer as plain content."
-        )
-    return Turn(where, prompt, answer["content"], has_special=True)
 
+    def behind_prompt(answer: dict[str, Any]) -> str | None:
+        whole = render([*history, answer], add_generation_prompt=False)
+        return whole[len(prompt) :] if whole.startswith(prompt) else None
 
-def _render(
-    tokenizer: Any,
-    messages: list[dict[str, Any]],
-    tools: list[dict[str, Any]] | None,
-    add_generation_prompt: bool,
-    template_kwargs: Mapping[str, Any],
-) -> str:
-    text: str = tokenizer.apply_chat_template(
-        messages, tools=tools, add_generation_prompt=add_generation_prompt, tokenize=False, **template_kwargs
-    )
-    return text
+    def learned(calls: list[dict[str, Any]]) -> str | None:
+        try:
+            text = behind_prompt({**answer, "tool_calls": calls})
+        except ConfigError:
+            return None
+        return until_stop(answer["content"] if text is None else text, ends)
+
+    rendered = behind_prompt(answer)
+    # Where the template writes a past answer in another way than a coming one (it drops its reasoning, say), the plain
+    # content is all that is known of the coming one.
+    response = answer["content"] if rendered is None else rendered
+    calls = answer.get("tool_calls", [])
+    lost = first_lost(said, calls, prompt=prompt, rendered=until_stop(response, ends), rerender=learned)
+    if lost is not None:
+        reasons = ELSEWHERE if rendered is None else LOST
+        drop(reasons[lost.kind], f"{render.where}, {lost.place}")
+        return None
+    return Turn(render.where, prompt, response, has_special=True)
 
 
 def _prompt_and_completion(record: Mapping[str, Any], where: str, columns: Columns) -> tuple[Any, Any]:
@@ -385,7 +439,7 @@ def _message(value: Any, where: str) -> dict[str, Any]:
         raise ConfigError(f"{where} is {value!r:.80}, wanted an object with role and content.")
     content = value.get("content")
     if content is not None and not isinstance(content, str):
-        raise ConfigError(f"{where}: content is {type(content).__name__}, wanted text.")
+        raise ConfigError(f"{where}: content is {type(content).__name__}, wanted text. Join the texts of its parts.")
     role = value["role"] if value["role"] == "user" else value["role"].lower()
     keys = ("role", "content") if role == "user" else _MESSAGE_KEYS
     given = {**value, "role": role, "content": content or ""}
@@ -397,18 +451,18 @@ def _message(value: Any, where: str) -> dict[str, Any]:
 
 def _tool_call(call: Any, role: str, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ConfigError(f"{where}: a tool call is {call!r:.80}, wanted an object with function: {{name, arguments}}.")
     arguments = function.get("arguments")
     if isinstance(arguments, str) and role == "assistant":
-        arguments = _parse_json(arguments, f"{where}: arguments of {function.get('name')}")
-        if not isinstance(arguments, dict):
-            raise ConfigError(f"{where}: arguments of {function.get('name')} are {arguments!r:.80}, wanted an object.")
+        arguments = _parse_json(arguments, f"{where}: arguments of {function['name']}")
+    if arguments is not None and not isinstance(arguments, dict) and role == "assistant":
+        raise ConfigError(f"{where}: arguments of {function['name']} are {arguments!r:.80}, wanted an object.")
     return {
         "id": call.get("id"),
         "index": call.get("index"),
         "type": "function",
-        "function": {"name": function.get("name"), "arguments": arguments},
+        "function": {"name": function["name"], "arguments": arguments},
     }
 
 

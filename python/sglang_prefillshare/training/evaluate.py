@@ -27,7 +27,7 @@ import torch
 from transformers import DynamicCache
 
 from sglang_prefillshare.errors import ConfigError
-from sglang_prefillshare.training.data import base_token_count, read_records, render_turns, tokenise
+from sglang_prefillshare.training.data import base_token_count, read_records, render_turns, stop_texts, tokenise
 from sglang_prefillshare.training.loss import (
     Batch,
     Example,
@@ -227,6 +227,7 @@ def read_tasks(
     rendering = Data(
         train=(source,), columns=Columns(completion="answer"), chat_template_kwargs=dict(chat_template_kwargs or {})
     )
+    ends = stop_texts(tokenizer, stops)
     turns: list[Turn] = []
     counts: list[tuple[str, int, int]] = []  # where, how many turns, which of them is right
     kinds: dict[Scoring, str] = {}
@@ -239,7 +240,7 @@ def read_tasks(
                 f"({kinds['exact_match']}). Put them into two files: each is scored in its own way."
             )
         answers = [record["answer"]] if options is None else options
-        turns += [_turn(record, answer, where, rendering, tokenizer) for answer in answers]
+        turns += [_turn(record, answer, where, rendering, tokenizer, ends) for answer in answers]
         counts.append((where, len(answers), right))
     if not counts:
         raise ConfigError(f"{path} holds no question. Give records with prompt and answer, one a line.")
@@ -272,7 +273,7 @@ def tokenise_prompts(
         train=(source,), columns=Columns(completion="answer"), chat_template_kwargs=dict(chat_template_kwargs or {})
     )
     turns = [
-        _turn({"prompt": prompt}, "-", f"prompt {number}", rendering, tokenizer)
+        _turn({"prompt": prompt}, "-", f"prompt {number}", rendering, tokenizer, [])
         for number, prompt in enumerate(prompts, start=1)
     ]
     return [tokens.prompt for tokens in tokenise(turns, tokenizer, set(), append_eos=False)]
@@ -306,13 +307,15 @@ def _options(record: Mapping[str, Any], where: str) -> tuple[list[str] | None, i
     return choices, answer
 
 
-def _turn(record: Mapping[str, Any], answer: Any, where: str, rendering: Data, tokenizer: Any) -> Turn:
+def _turn(
+    record: Mapping[str, Any], answer: Any, where: str, rendering: Data, tokenizer: Any, ends: Sequence[str]
+) -> Turn:
     """Prompt and answer as training renders them."""
 
     def refuse(reason: str, at: str) -> None:
         raise ConfigError(f"{at}: {reason}. Remove the record, or mend it.")
 
-    turns = list(render_turns({**record, "answer": answer}, where, rendering, tokenizer, refuse))
+    turns = list(render_turns({**record, "answer": answer}, where, rendering, tokenizer, ends, refuse))
     if len(turns) != 1:
         raise ConfigError(f"{where}: answer has {len(turns)} assistant messages, wanted one.")
     return turns[0]

@@ -40,6 +40,12 @@ def test_lengths_ids_names_and_times_are_kept(tmp_path: Path):
     assert second == load_trace(path, agents=AGENTS, words=WORDS)[1]
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path):
+    path = written(tmp_path, LINE, LINE)
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert len(load_trace(path, agents=AGENTS, words=WORDS)) == 2
+
+
 def test_shared_prefixes_are_the_same_tokens_as_far_as_both_go(tmp_path: Path):
     path = written(tmp_path, {**LINE, "shared_prefix_tokens": 15}, {**LINE, "shared_prefix_tokens": 10}, LINE)
     long, short, none = load_trace(path, agents=AGENTS, words=WORDS)
