@@ -206,7 +206,9 @@ def tile(width_words: int, word_bytes: int, tile_words: int) -> tuple[int, int]:
     return tile_words // columns, columns
 
 
-def plan(source: Paged | Staged, target: Paged | Staged, *, tokens: int, head_count: int, tuning: Tuning | None = None) -> Launch | None:
+def plan(
+    source: Paged | Staged, target: Paged | Staged, *, tokens: int, head_count: int, tuning: Tuning | None = None
+) -> Launch | None:
     """Decide the launch that copies `tokens` tokens of `head_count` heads, or None where there is nothing to copy.
 
     At least one side is `Paged`. A page list has exactly the pages that [0, first + tokens) takes. Page numbers are
@@ -239,9 +241,7 @@ def plan(source: Paged | Staged, target: Paged | Staged, *, tokens: int, head_co
         tuning = tuning_for(tokens * head_count * sum(pool.head_bytes))
     token_tile, columns = tile(width_words, word_bytes, tuning.words)
     column_blocks = triton.cdiv(width_words, columns)
-    grid = grid_of(
-        tokens, len(pool.addresses), tokens_per_tile=token_tile, column_blocks=column_blocks, tuning=tuning
-    )
+    grid = grid_of(tokens, len(pool.addresses), tokens_per_tile=token_tile, column_blocks=column_blocks, tuning=tuning)
     if grid[0] >= 1 << 31 or grid[1] >= 1 << 16 or tokens + _first(source) + _first(target) + token_tile >= 1 << 31:
         raise ValueError(
             f"{tokens} tokens of {len(pool.addresses)} buffers make a grid of {grid}, wanted below 2**31 tokens and "

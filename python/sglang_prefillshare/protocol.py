@@ -59,6 +59,10 @@ class WorkerInfo:
     context_length: int
     bootstrap_port: int | None
     version: str
+    vocab_size: int | None = None
+    """Token ids are below it."""
+    max_prompt_bytes: int | None = None
+    """A text of more bytes of UTF-8 has more tokens than `context_length`; None where the tokenizer sets no bound."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -68,14 +72,14 @@ class WorkerInfo:
         """Parse what a worker answered; `source` names it in the `WorkerError` raised when it does not fit."""
         if not isinstance(data, dict):
             raise WorkerError(f"{source} answered {type(data).__name__} at {WORKER_INFO_PATH}, wanted a JSON object.")
-        names = {field.name for field in dataclasses.fields(cls)}
-        missing = names - data.keys()
+        fields = dataclasses.fields(cls)
+        missing = {field.name for field in fields if field.default is dataclasses.MISSING} - data.keys()
         if missing:
             raise WorkerError(
                 f"{source} describes itself without {', '.join(sorted(missing))}. "
                 "Run the same sglang-prefillshare version on workers and router."
             )
-        values = {name: data[name] for name in names}
+        values = {field.name: data[field.name] for field in fields if field.name in data}
         try:
             values["role"] = Role(values["role"])
         except ValueError:

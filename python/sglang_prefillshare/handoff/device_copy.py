@@ -103,7 +103,9 @@ class DeviceCopier:
         self._host_lists = torch.zeros(2 * count, dtype=torch.int32, pin_memory=on_cuda)
         self._device_lists = torch.zeros(2 * count, dtype=torch.int32, device=self._device)
         if on_cuda:
-            torch.cuda.current_stream(self._device).synchronize()  # the zeros must not come after our own stream's lists
+            torch.cuda.current_stream(
+                self._device
+            ).synchronize()  # the zeros must not come after our own stream's lists
         self._numbers = self._host_lists.numpy()
         self._unsigned = self._numbers.view(np.uint32)
 

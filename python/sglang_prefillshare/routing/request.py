@@ -6,7 +6,7 @@ import random
 import re
 import uuid
 from array import array
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -14,6 +14,21 @@ from urllib.parse import quote
 
 from sglang_prefillshare.errors import PrefillShareError
 from sglang_prefillshare.protocol import MODULE_HEADER
+from sglang_prefillshare.request_fields import (
+    GENERATE,
+    MAX_DEPTH,
+    NO_LIMITS,
+    OPENAI,
+    FieldError,
+    Limits,
+    check_depth,
+    check_fields,
+    check_order,
+    check_sampling_params,
+    check_text,
+    prompt_ids,
+    top_logprobs,
+)
 from sglang_prefillshare.routing import _json
 from sglang_prefillshare.routing.prefix_index import BYTES_PER_TOKEN, chain_hashes
 
@@ -109,10 +124,22 @@ def parse_request(
     headers: Mapping[str, str],
     modules: Collection[str],
     path_module: str | None = None,
+    limits_of: Callable[[str], Limits] = lambda _module: NO_LIMITS,
 ) -> ClientRequest:
-    """Check what the client sent; raises `RequestError` saying what to send instead."""
+    """Check what the client sent; raises `RequestError` saying what to send instead.
+
+    `limits_of` says what the workers of a module can index and hold.
+    """
+    encoding = headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise RequestError(415, f"The request body is encoded as {encoding}. Send it without Content-Encoding.")
     try:
         body = _json.loads(raw)
+        check_depth(raw, body)
+    except RecursionError as error:
+        raise RequestError(400, f"The request has arrays or objects over {MAX_DEPTH} deep.") from error
+    except FieldError as error:
+        raise RequestError(400, str(error)) from error
     except ValueError as error:
         raise RequestError(400, f"The request body is not JSON: {error}.") from error
     if not isinstance(body, dict):
@@ -122,8 +149,13 @@ def parse_request(
     is_stream = body.get("stream")
     if is_stream is not None and not isinstance(is_stream, bool):
         raise RequestError(400, f"stream is {is_stream!r}, wanted true or false.")
-    prompts, batch_size = canonical_prompts(endpoint, body)
     _refuse_unsupported(endpoint, body)
+    limits = limits_of(module)
+    try:
+        prompts, batch_size = canonical_prompts(endpoint, body, limits)
+        _check_fields(endpoint, body, batch_size, limits)
+    except FieldError as error:
+        raise RequestError(400, str(error)) from error
     public_rid, rids = _choose_rids(body, headers, batch_size)
     return ClientRequest(
         endpoint=endpoint,
@@ -172,8 +204,10 @@ def choose_module(
 # ---------------------------------------------------------------------------------------------------- prompts
 
 
-def canonical_prompts(endpoint: Endpoint, body: Mapping[str, Any]) -> tuple[tuple[bytes, ...], int | None]:
-    """Each prompt's bytes and the batch size (`None` for a single prompt).
+def canonical_prompts(
+    endpoint: Endpoint, body: Mapping[str, Any], limits: Limits = NO_LIMITS
+) -> tuple[tuple[bytes, ...], int | None]:
+    """Each prompt's bytes and the batch size (`None` for a single prompt). Raises `FieldError` for what cannot be one.
 
     Appending text, tokens or messages appends bytes. Token ids and text of the same prompt do not resemble each
     other: the router has no tokenizer.
@@ -181,12 +215,12 @@ def canonical_prompts(endpoint: Endpoint, body: Mapping[str, Any]) -> tuple[tupl
     match endpoint:
         case Endpoint.CHAT:
             if body.get("input_ids") is not None:
-                return (_ids_bytes(body["input_ids"], "input_ids"),), None
-            return (_chat_bytes(body),), None
+                return (_ids_bytes(body["input_ids"], "input_ids", limits),), None
+            return (_chat_bytes(body, limits),), None
         case Endpoint.COMPLETIONS:
             if body.get("prompt") is None:
                 raise RequestError(400, "The request has no prompt. Send a string, token ids, or a list of either.")
-            return _text_or_ids(body["prompt"], "prompt")
+            return _text_or_ids(body["prompt"], "prompt", limits)
         case Endpoint.GENERATE:
             if body.get("input_embeds") is not None:
                 raise RequestError(400, "input_embeds cannot be prefilled by the base: send text or input_ids.")
@@ -197,46 +231,46 @@ def canonical_prompts(endpoint: Endpoint, body: Mapping[str, Any]) -> tuple[tupl
                 raise RequestError(400, "The request has both text and input_ids. Send one of them.")
             if text is not None and not isinstance(text, str | list):
                 raise RequestError(400, f"text is a JSON {_json_kind(text)}, wanted a string or a list of strings.")
-            return _text_or_ids(text, "text") if text is not None else _text_or_ids(ids, "input_ids")
+            name = "text" if text is not None else "input_ids"
+            return _text_or_ids(body[name], name, limits)
 
 
-def _text_or_ids(prompt: Any, name: str) -> tuple[tuple[bytes, ...], int | None]:
+def _text_or_ids(prompt: Any, name: str, limits: Limits) -> tuple[tuple[bytes, ...], int | None]:
     if isinstance(prompt, str) and name != "input_ids":
-        return (_text_bytes(prompt, name),), None
+        return (_text_bytes(prompt, name, limits),), None
     if not isinstance(prompt, list):
         raise RequestError(400, f"{name} is a JSON {_json_kind(prompt)}, wanted text, token ids, or a list of either.")
     if not prompt:
         raise RequestError(400, f"{name} is empty.")
     first = prompt[0]
     if isinstance(first, int) and name != "text":
-        return (_ids_bytes(prompt, name),), None
+        return (_ids_bytes(prompt, name, limits),), None
     if isinstance(first, str) and name != "input_ids":
-        return tuple(_text_bytes(item, f"{name}[{i}]") for i, item in enumerate(prompt)), len(prompt)
+        return tuple(_text_bytes(item, f"{name}[{i}]", limits) for i, item in enumerate(prompt)), len(prompt)
     if isinstance(first, list) and name != "text":
-        return tuple(_ids_bytes(item, f"{name}[{i}]") for i, item in enumerate(prompt)), len(prompt)
+        return tuple(_ids_bytes(item, f"{name}[{i}]", limits) for i, item in enumerate(prompt)), len(prompt)
     raise RequestError(400, f"{name}[0] is a JSON {_json_kind(first)}, which is no prompt.")
 
 
-def _text_bytes(text: Any, name: str) -> bytes:
+def _text_bytes(text: Any, name: str, limits: Limits) -> bytes:
     if not isinstance(text, str):
         raise RequestError(400, f"{name} is a JSON {_json_kind(text)}, wanted a string like its neighbours.")
     if not text:
         raise RequestError(400, f"{name} is empty.")
+    check_text(name, text, limits)
     return text.encode("utf-8", "surrogatepass")
 
 
-def _ids_bytes(ids: Any, name: str) -> bytes:
+def _ids_bytes(ids: Any, name: str, limits: Limits) -> bytes:
     if not isinstance(ids, list):
         raise RequestError(400, f"{name} is a JSON {_json_kind(ids)}, wanted a list of token ids.")
     if not ids:
         raise RequestError(400, f"{name} is empty.")
-    try:
-        return array("I", ids).tobytes()
-    except (TypeError, OverflowError) as error:
-        raise RequestError(400, f"{name} holds something that is no token id: {error}.") from error
+    prompt_ids(name, ids, limits)
+    return array("I", ids).tobytes()
 
 
-def _chat_bytes(body: Mapping[str, Any]) -> bytes:
+def _chat_bytes(body: Mapping[str, Any], limits: Limits) -> bytes:
     messages = body.get("messages")
     if messages is None:
         raise RequestError(400, "The request has no messages.")
@@ -254,6 +288,8 @@ def _chat_bytes(body: Mapping[str, Any]) -> bytes:
         # Clients send answers back with fields such as "refusal": null; a template does not see the difference.
         present = {key: message[key] for key in sorted(message) if message[key] is not None}
         content = present.get("content")
+        for text in _texts(content):
+            check_text(f"the content of messages[{i}]", text, limits)
         if isinstance(content, str) and isinstance(present.get("role"), str) and len(present) == 2:
             piece = f"{present['role']}\x1f{content}\x1e".encode("utf-8", "surrogatepass")
         else:
@@ -262,7 +298,46 @@ def _chat_bytes(body: Mapping[str, Any]) -> bytes:
     return b"".join(pieces)
 
 
+def _texts(content: Any) -> Iterator[str]:
+    """The text of a message, whole or in parts."""
+    for part in content if isinstance(content, list) else [content]:
+        text = part.get("text") if isinstance(part, dict) else part
+        if isinstance(text, str):
+            yield text
+
+
 # ----------------------------------------------------------------------------------------------------- checks
+
+
+def _check_fields(endpoint: Endpoint, body: Mapping[str, Any], batch_size: int | None, limits: Limits) -> None:
+    """Hold every number against the table, in a batch for each prompt."""
+    if endpoint is not Endpoint.GENERATE:
+        check_fields(OPENAI, body, limits)
+        check_order(body, "min_tokens", "max_tokens")
+        check_order(body, "min_tokens", "max_completion_tokens")
+        if endpoint is Endpoint.COMPLETIONS and body.get("logprobs") is not None:
+            top_logprobs("logprobs", body["logprobs"], limits)
+        return
+    params = body.get("sampling_params")
+    if isinstance(params, list) and len(params) != batch_size:
+        wanted = "one object" if batch_size is None else f"one object, or {batch_size} of them"
+        raise FieldError(f"sampling_params lists {len(params)} objects, wanted {wanted}.")
+    for item in params if isinstance(params, list) else [params]:
+        check_sampling_params(item, limits)
+    check_fields(GENERATE, {name: body[name] for name in body if not _is_batched(name, body[name], batch_size)}, limits)
+    for name in GENERATE.keys() & body.keys():
+        if _is_batched(name, body[name], batch_size):
+            if len(body[name]) != batch_size:
+                raise FieldError(f"{name} lists {len(body[name])} values, wanted one, or {batch_size} of them.")
+            for place, value in enumerate(body[name]):
+                check_fields(GENERATE, {name: value}, limits, inside=f"[{place}] of ")
+
+
+def _is_batched(name: str, value: Any, batch_size: int | None) -> bool:
+    """Whether a field has a value for each prompt of a batch; of ids a list is one prompt's, a list of lists all's."""
+    if batch_size is None or not isinstance(value, list):
+        return False
+    return name != "token_ids_logprob" or any(isinstance(item, list) for item in value)
 
 
 def _refuse_unsupported(endpoint: Endpoint, body: Mapping[str, Any]) -> None:

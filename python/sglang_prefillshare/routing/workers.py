@@ -22,6 +22,7 @@ import aiohttp
 
 from sglang_prefillshare.errors import WorkerError
 from sglang_prefillshare.protocol import BOUNDARY_RULE, WORKER_INFO_PATH, Role, WorkerInfo
+from sglang_prefillshare.request_fields import NO_LIMITS, Limits
 from sglang_prefillshare.routing.config import RouterConfig
 from sglang_prefillshare.routing.policy import DecodeSnapshot, PrefillSnapshot
 from sglang_prefillshare.routing.prefix_index import BYTES_PER_TOKEN, PrefixIndex
@@ -117,6 +118,17 @@ def _own_misfit(worker: Observation) -> Verdict | None:
             "start it with that --served-model-name, or correct the router's configuration",
         )
     return None
+
+
+def _largest(values: Sequence[int | None]) -> int | None:
+    """None, which is no limit, is larger than any."""
+    known = [value for value in values if value is not None]
+    return max(known) if len(known) == len(values) else None
+
+
+def _least(values: Sequence[int | None]) -> int | None:
+    known = [value for value in values if value is not None]
+    return min(known, default=None)
 
 
 def _base_verdict(info: WorkerInfo, *, reference: str | None, backend: str | None) -> Verdict:
@@ -306,6 +318,18 @@ class WorkerPool:
             for worker in self.decode[module]
             if worker.is_ready and worker is not without
         ]
+
+    def limits(self, module: str) -> Limits:
+        """What a request for `module` may index and hold, by what its ready workers say."""
+        sides = (self.prefill_workers(module), self.decode[module])
+        infos = [[worker.info for worker in side if worker.is_ready and worker.info is not None] for side in sides]
+        if not all(infos):
+            return NO_LIMITS
+        return Limits(
+            vocab_size=_least([_largest([info.vocab_size for info in side]) for side in infos]),
+            context_length=_least([_largest([info.context_length or None for info in side]) for side in infos]),
+            max_prompt_bytes=_least([_largest([info.max_prompt_bytes for info in side]) for side in infos]),
+        )
 
     def _matched_tokens(self, worker: Worker, chains: Sequence[Sequence[int]]) -> int:
         block_tokens = max(1, self._config.prefix_block_bytes // BYTES_PER_TOKEN)
