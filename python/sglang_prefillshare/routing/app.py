@@ -23,8 +23,9 @@ from starlette.types import Receive, Scope, Send
 
 from sglang_prefillshare import __version__
 from sglang_prefillshare.routing import _json
+from sglang_prefillshare.routing.answers import error_body
 from sglang_prefillshare.routing.config import RouterConfig
-from sglang_prefillshare.routing.dispatch import Dispatcher, error_body
+from sglang_prefillshare.routing.dispatch import Dispatcher
 from sglang_prefillshare.routing.prefix_index import PrefixIndex
 from sglang_prefillshare.routing.request import Endpoint
 from sglang_prefillshare.routing.telemetry import CallLog, Metrics

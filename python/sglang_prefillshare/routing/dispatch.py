@@ -27,6 +27,15 @@ from sglang_prefillshare.protocol import (
     Role,
 )
 from sglang_prefillshare.routing import _json
+from sglang_prefillshare.routing.answers import (
+    ClientIds,
+    Events,
+    WorkerFailure,
+    client_error,
+    error_body,
+    failure_in,
+    failure_in_events,
+)
 from sglang_prefillshare.routing.config import RouterConfig
 from sglang_prefillshare.routing.policy import Decision, pick_decode, pick_prefill
 from sglang_prefillshare.routing.prefix_index import PrefixIndex
@@ -38,6 +47,7 @@ from sglang_prefillshare.routing.request import (
     Pairing,
     RequestError,
     decode_leg_body,
+    draw_rids,
     draw_rooms,
     forwarded_headers,
     header_safe,
@@ -99,11 +109,6 @@ class LegError(Exception):
     def allows_another_try(self) -> bool:
         """Prefilling again elsewhere changes nothing but time. A decode leg that was under way may have sampled."""
         return self.is_unsent or (self.is_lost and self.worker.role is Role.PREFILL)
-
-
-def error_body(status: int, message: str, *, kind: str) -> dict[str, Any]:
-    """An error as OpenAI clients read it, with the fields of SGLang's own."""
-    return {"error": {"object": "error", "message": message, "type": kind, "param": None, "code": status}}
 
 
 class Reply:
@@ -320,6 +325,7 @@ class Dispatcher:
             async with asyncio.timeout(self._config.abort_timeout_s):
                 if answer is not None and not reply.is_started:
                     code, content_type, body = answer
+                    content_type, body = client_error(call.endpoint, code, content_type, body)
                     await reply.whole(code, [(b"content-type", content_type)], body)
                 else:
                     await reply.fail(status, message, kind=kind)
@@ -332,13 +338,17 @@ class Dispatcher:
         receive: Receive,
         path_module: str | None,
     ) -> None:
-        raw = await self._read_body(receive)
+        raw = await self._read_body(receive, by_name.get("content-length", ""))
         call.received_s = time.perf_counter()
         request = parse_request(
-            call.endpoint, raw, headers=by_name, modules=self._config.decode, path_module=path_module
+            call.endpoint,
+            raw,
+            headers=by_name,
+            modules=self._config.decode,
+            path_module=path_module,
+            limits_of=self._pool.limits,
         )
         call.request = request
-        call.worker_rids = request.rids
         if call.reply.request_id is None:
             call.reply.request_id = header_safe(request.public_rid)
         call.headers = forwarded_headers(headers, request_id=call.reply.request_id)
@@ -364,8 +374,12 @@ class Dispatcher:
             self._metrics.retries.labels(error.worker.role).inc()
             await self._run_legs(call, request, receive)
 
-    async def _read_body(self, receive: Receive) -> bytes:
+    async def _read_body(self, receive: Receive, announced: str) -> bytes:
+        """The whole body; 413 as soon as it is known to be too large."""
         parts: list[bytes] = []
+        size = int(announced) if announced.isascii() and announced.isdigit() and len(announced) < 20 else 0
+        if size > self._config.max_body_bytes:
+            raise RequestError(413, f"The request body is larger than {self._config.max_body_bytes} bytes.")
         size = 0
         while True:
             message = await receive()
@@ -469,9 +483,7 @@ class Dispatcher:
         call.abort_cause = None
         call.prefill_ended.clear()
         call.prefill_tokens = call.cached_tokens = call.cross_model_cached_tokens = None
-        # A second try must not meet the remains of the first: another room, and a rid that does not start alike
-        # (SGLang aborts by rid prefix).
-        rids = request.rids if call.attempts == 1 else tuple(f"r{call.attempts}-{rid}" for rid in request.rids)
+        rids = draw_rids(len(request.rids))
         call.worker_rids = rids
         host, port = prefill.bootstrap
         pairing = Pairing(host, port, draw_rooms(len(rids)), rids)
@@ -551,6 +563,7 @@ class Dispatcher:
         """Pass the decode module's answer on. A stream starts with its first byte, so that a prefill error that
         comes before it still gets its own status."""
         body = decode_leg_body(request, pairing=pairing)
+        named = ClientIds(pairing.rids, request.rids)
         reply = call.reply
         call.sent_s = time.perf_counter()
         async with (
@@ -567,22 +580,35 @@ class Dispatcher:
                 raise _refused_by(worker, response, answer)
             headers = [(name, value) for name, value in response.raw_headers if name.lower() not in _NOT_RETURNED]
             if response.headers.get("content-type", "").startswith(_EVENT_STREAM):
+                stream = Events()
                 async for data in response.content.iter_any():
+                    events = stream.feed(data)
+                    if not events:
+                        continue
                     if not reply.is_started:
-                        await self._raise_if_prefill_is_lost(call, data)
-                        call.first_byte_s = time.perf_counter()
-                        await reply.start(200, headers)
-                    await reply.chunk(data)
+                        await self._raise_if_prefill_is_lost(call, events)
+                    events, failure = failure_in_events(events)
+                    if events:
+                        if not reply.is_started:
+                            call.first_byte_s = time.perf_counter()
+                            await reply.start(200, headers)
+                        await reply.chunk(named(events))
+                    if failure is not None:
+                        raise _ended_early(worker, failure)
                 leg.is_complete = call.is_answered = True
                 if not reply.is_started:
                     await reply.start(200, headers)
                 await self._settle_answered(call, status=200)
-                await reply.finish()
+                await reply.finish(named(stream.rest()))
             else:
                 answer = await response.read()
-                leg.is_complete = call.is_answered = True
+                leg.is_complete = True
+                failure = failure_in(answer)
+                if failure is not None:
+                    raise _ended_early(worker, failure)
+                call.is_answered = True
                 await self._settle_answered(call, status=200)
-                await reply.whole(200, headers, answer)
+                await reply.whole(200, headers, named(answer))
         watch.cancel()
         if call.drain is not None and not call.prefill_ended.is_set():
             call.drain.reschedule(asyncio.get_running_loop().time() + self._config.drain_timeout_s)
@@ -746,6 +772,15 @@ def _peer_errors(worker: Worker) -> Iterator[None]:
 
 def _lost(worker: Worker, reason: str) -> LegError:
     return LegError(worker, status=503, message=reason, outcome=Outcome.UNAVAILABLE, is_lost=True)
+
+
+def _ended_early(worker: Worker, failure: WorkerFailure) -> LegError:
+    return LegError(
+        worker,
+        status=failure.status,
+        message=f"The {worker.label} ended the answer before it was whole: {failure.message}",
+        outcome=Outcome.WORKER_REFUSED if failure.status < 500 else Outcome.WORKER_FAILED,
+    )
 
 
 def _refused_by(worker: Worker, response: aiohttp.ClientResponse, body: bytes) -> LegError:

@@ -60,8 +60,8 @@ class RequestError(PrefillShareError):
 class ClientRequest:
     """A parsed and checked request.
 
-    `batch_size` is `None` for a single prompt, so that a batch of one stays a batch. `rids` name the prompts on
-    the workers (one for each), `public_rid` is the name the client knows. `prompts` are canonical bytes in
+    `batch_size` is `None` for a single prompt, so that a batch of one stays a batch. `rids` name the prompts in the
+    answer (one for each), `public_rid` the whole of it. `prompts` are canonical bytes in
     which a longer context extends a shorter one. `raw` is what the client sent, `body` its parsed form; neither
     is changed.
     """
@@ -110,6 +110,12 @@ class Pairing:
             "bootstrap_room": list(self.rooms),
             "rid": list(self.rids),
         }
+
+
+def draw_rids(count: int) -> tuple[str, ...]:
+    """What legs are called on the workers: SGLang aborts every id that begins like the one it is told, and refuses one
+    that is in flight. So no client chooses them, none can be guessed, and none begins another."""
+    return tuple(uuid.uuid4().hex for _ in range(count))
 
 
 def draw_rooms(count: int) -> tuple[int, ...]:
@@ -381,10 +387,10 @@ def _any_true(value: Any) -> bool:
 def _choose_rids(
     body: Mapping[str, Any], headers: Mapping[str, str], batch_size: int | None
 ) -> tuple[str, tuple[str, ...]]:
-    """The name the client knows, and one for each prompt on the workers.
+    """The name the client knows the request by, and one for each prompt in the answer; the legs' are `draw_rids`.
 
-    A body's rid is taken as it is. One derived from X-Request-Id gets a random tail, since clients reuse that
-    header across a session's calls while SGLang refuses a rid that is in flight, and aborts by rid *prefix*.
+    A body's rid is taken as it is. One derived from X-Request-Id gets a random tail, since clients reuse that header
+    across a session's calls.
     """
     rid = body.get("rid")
     if rid is None:
