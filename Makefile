@@ -31,6 +31,7 @@ lint: setup ## Check style, format and types
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m mypy
+	@.venv/bin/hadolint docker/Dockerfile docker/Dockerfile.cpu
 
 fmt: setup ## Format the code and sort its imports
 	@$(PYTHON) -m ruff check --fix .
