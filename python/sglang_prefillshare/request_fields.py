@@ -205,6 +205,22 @@ def _ways(parsed: Sequence[Any], *, is_whole: bool = False) -> int:
     return ways
 
 
+def custom_params(name: str, value: Any, limits: Limits) -> None:
+    """Plain values, and lists and objects of them: what the message between a worker's processes has room for."""
+    if not isinstance(value, Mapping):
+        raise _fail(name, value, "an object")
+    for key, item in value.items():
+        inner = item if isinstance(item, list) else list(item.values()) if isinstance(item, Mapping) else [item]
+        for plain in inner:
+            is_plain = (
+                plain is None
+                or isinstance(plain, str | float)
+                or abs(plain if isinstance(plain, int) else 2**63) < 2**63
+            )
+            if not is_plain:
+                raise _fail(f"{name}[{key!r}]", plain, "a plain value, or a list or an object of them")
+
+
 def grammar(name: str, value: Any, limits: Limits) -> None:
     if not isinstance(value, str):
         raise _fail(name, value, "a string")
@@ -243,6 +259,7 @@ SAMPLING: Final[Mapping[str, Check]] = {
     "ignore_eos": flag,
     "skip_special_tokens": flag,
     "no_stop_trim": flag,
+    "custom_params": custom_params,
 }
 """In `sampling_params`, and at the top of OpenAI requests."""
 
@@ -261,13 +278,15 @@ SAMPLING_PARAMS: Final[Mapping[str, Check]] = {
     "stop_str_max_len": not_for_clients,
     "stop_regex_max_len": not_for_clients,
     "is_normalized": not_for_clients,
-    "ebnf_full_assistant": not_for_clients,
+    "ebnf_full_assistant": flag,  # SGLang sets it itself, for tool calls
 }
-"""Only in `/generate`'s `sampling_params`; the last six are what SGLang works out from the others."""
+"""Only in `/generate`'s `sampling_params`; what is not for clients is what SGLang works out from the others."""
 
 EVERYWHERE: Final[Mapping[str, Check]] = {
     "priority": integer(-_INT32, _INT32),
     "routed_experts_start_len": integer(0, 0),
+    "bootstrap_port": integer(0, 65535),
+    "bootstrap_room": integer(0, _INT64),
     "data_parallel_rank": only_zero,
     "routed_dp_rank": only_zero,
     "disagg_prefill_dp_rank": only_zero,

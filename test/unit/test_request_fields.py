@@ -32,7 +32,7 @@ GOOD: list[dict[str, Any]] = [
     {"stop": ["\n", "END"], "stop_token_ids": [0, 511], "logit_bias": {"511": -100, "0": 1.5}},
     {"frequency_penalty": -2, "presence_penalty": 2.0, "repetition_penalty": 1.2, "sampling_seed": -(2**63)},
     {"regex": "[a-z]+", "json_schema": '{"type": "object"}', "n": 1, "ignore_eos": True, "skip_special_tokens": False},
-    {"stop_regex": "x*"},
+    {"stop_regex": "x*", "custom_params": {"a": 1, "b": ["x", None, 0.5], "c": {"d": True}}},
     {"stop_regex": [r"\d{1,4}\.", "a|b"]},
     {"temperature": None, "stop": None, "logit_bias": None, "unknown": {"a": [1]}},
 ]
@@ -81,6 +81,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"json_schema": "[" * 500}, "deep"),
     ({"regex": 5}, "a string"),
     ({"ignore_eos": "yes"}, "true or false"),
+    ({"custom_params": {"a": {"b": [1]}}}, "a plain value"),
+    ({"custom_params": {"a": [2**63]}}, "a plain value"),
     ({"stop_str_max_len": 5}, "between themselves"),
 ]
 

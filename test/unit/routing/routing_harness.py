@@ -82,6 +82,7 @@ class FakeWorker:
     metrics_headers: list[dict[str, str]] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    finish_reason: Any = field(default_factory=lambda: {"type": "length", "length": 1})
     dropped: int = 0
     flushed: list[str] = field(default_factory=list)
     poll_headers: list[dict[str, str]] = field(default_factory=list)
@@ -164,6 +165,22 @@ class FakeWorker:
             self.dropped += 1
             raise
 
+    async def _echo(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        """Answers of /generate as SGLang has them, with the rids it was given; streams in pieces of seven bytes."""
+        rids = body["rid"] if isinstance(body["rid"], list) else [body["rid"]]
+        items = [{"text": "x", "meta_info": {"id": rid, "finish_reason": self.finish_reason}} for rid in rids]
+        if not body.get("stream"):
+            return web.json_response(items if isinstance(body["rid"], list) else items[0])
+        begun = [{"text": "", "meta_info": {"id": rid, "finish_reason": None}} for rid in rids]
+        events = b"".join(b"data: " + json.dumps(item).encode() + b"\n\n" for item in [*begun, *items])
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for start in range(0, len(events), 7):
+            await response.write(events[start : start + 7])
+            await asyncio.sleep(0)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         kind, _, argument = (self.script.pop(0) if self.script else self.behave).partition(":")
         transport = request.transport
@@ -183,6 +200,8 @@ class FakeWorker:
             case "transfer_failed":
                 events = b"data: " + TRANSFER_FAILED + b"\n\ndata: [DONE]\n\n"
                 return web.Response(body=events, content_type="text/event-stream")
+            case "echo":
+                return await self._echo(request, body)
             case "hang":
                 await asyncio.sleep(60)
             case "die":

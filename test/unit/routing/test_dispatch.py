@@ -1,6 +1,7 @@
 """The two legs of a request: pairing, bytes, and both-or-neither in every order of failure."""
 
 import asyncio
+import dataclasses
 import json
 import random
 
@@ -784,5 +785,129 @@ def test_after_a_storm_of_failures_and_departures_nothing_is_held():
             for worker in system.workers:
                 worker.behave = "ok"
             assert (await system.chat()).body == WHOLE
+
+    run(scenario())
+
+
+# ------------------------------------------------------------------------ whose ids, and answers that are none
+
+
+def ids_of(answer, *, stream):
+    lines = answer.body.split(b"\n\n") if stream else [b"data: " + answer.body]
+    parsed = [json.loads(line[6:]) for line in lines if line.startswith((b"data: {", b"data: [{"))]
+    items = [item for entry in parsed for item in (entry if isinstance(entry, list) else [entry])]
+    return [item["meta_info"]["id"] for item in items]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("body", "wanted"),
+    [
+        ({"text": "a", "rid": "session-42"}, ["session-42"]),
+        ({"text": "a", "rid": 'quoted "é" \\ \n'}, ['quoted "é" \\ \n']),
+        ({"text": ["a", "b"], "rid": ["x", "xy"]}, ["x", "xy"]),
+        ({"text": ["a", "b"], "rid": "batch"}, ["batch_0", "batch_1"]),
+    ],
+)
+def test_answers_carry_the_clients_ids_and_legs_carry_ours(body, wanted, stream):
+    async def scenario():
+        async with running_system() as system:
+            decode = system.decode["planner"][0]
+            decode.behave = "echo"
+            answer = await system.post("/generate", {"model": "planner", "stream": stream, **body})
+            assert answer.status == 200
+            assert ids_of(answer, stream=stream) == (wanted * 2 if stream else wanted)
+            legs = decode.seen[0].body["rid"]
+            assert legs == system.prefill[0].seen[0].body["rid"]
+            for leg in legs if isinstance(legs, list) else [legs]:
+                assert len(leg) == 32 and leg not in wanted
+
+    run(scenario())
+
+
+def test_two_requests_of_one_rid_are_both_served_under_ids_of_their_own():
+    async def scenario():
+        async with running_system() as system:
+            decode = system.decode["planner"][0]
+            decode.behave = "echo"
+            both = [system.post("/generate", {"model": "planner", "text": "a", "rid": "same"}) for _ in range(2)]
+            answers = await asyncio.gather(*both)
+            assert [ids_of(answer, stream=False) for answer in answers] == [["same"]] * 2
+            first, second = (seen.body["rid"] for seen in decode.seen)
+            assert first != second
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("reason", "status"),
+    [
+        ({"type": "abort", "message": "Abort in /srv/models/x/y.py"}, 503),
+        ({"type": "abort", "message": "too long", "status_code": 400}, 400),
+    ],
+)
+def test_an_answer_that_ends_with_an_abort_is_an_error(reason, status, stream):
+    async def scenario():
+        async with running_system() as system:
+            decode = system.decode["planner"][0]
+            decode.behave, decode.finish_reason = "echo", reason
+            answer = await system.post("/generate", {"model": "planner", "text": "a", "stream": stream})
+            if stream:
+                assert answer.status == 200 and b"[DONE]" not in answer.body
+                *_, last, end = answer.body.split(b"\n\n")
+                assert end == b"" and json.loads(last.removeprefix(b"data: "))["error"]["code"] == status
+            else:
+                assert answer.status == status
+                assert "before it was whole" in answer.error and "/srv" not in answer.error
+            assert (await system.last_call())["outcome"] == ("worker_refused" if status == 400 else "worker_failed")
+            system.assert_idle()
+
+    run(scenario())
+
+
+def test_an_encoded_body_is_refused_by_name():
+    async def scenario():
+        async with running_system() as system:
+            body = {"model": "planner", "text": "a"}
+            answer = await system.post("/generate", body, headers={"content-encoding": "x-odd"})
+            assert answer.status == 415 and "encoded as x-odd" in answer.error
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"input_ids": [5, 999999, 7]}, "input_ids[1] is 999999, wanted a token id from 0 to 511"),
+        ({"input_ids": [5] * 9000}, "context length of 8192"),
+        ({"text": "x" * 90_000}, "context length of 8192"),
+        ({"text": "x", "sampling_params": {"stop_token_ids": [99999999]}}, "a token id from 0 to 511"),
+        ({"text": ["x", "y"], "top_logprobs_num": [1, 2**63]}, "[1] of top_logprobs_num"),
+        ({"text": ["x", "y"], "sampling_params": [{}]}, "2 of them"),
+        ({"text": "x", "disagg_prefill_dp_rank": 5}, "disagg_prefill_dp_rank"),
+        ({"text": "x", "encoder_urls": ["http://127.0.0.1:1"]}, "between themselves"),
+    ],
+)
+def test_what_the_workers_cannot_index_or_hold_stops_at_the_door(body, words):
+    async def scenario():
+        async with running_system() as system:
+            for fake in system.workers:
+                fake.info = dataclasses.replace(fake.info, vocab_size=512, max_prompt_bytes=80_000)
+            await until(lambda: system.router.pool.limits("planner").vocab_size == 512)
+            answer = await system.post("/generate", {"model": "planner", **body})
+            assert answer.status == 400 and words in answer.error
+            assert not any(fake.seen for fake in system.workers)
+
+    run(scenario())
+
+
+def test_arrays_inside_arrays_are_refused_and_not_a_failure_of_ours():
+    async def scenario():
+        async with running_system() as system:
+            for depth in (200, 3_000, 100_000):
+                raw = b'{"model": "planner", "messages": ' + b"[" * depth + b"]" * depth + b"}"
+                answer = await system.post("/v1/chat/completions", raw)
+                assert answer.status == 400 and "deep" in answer.error, answer
 
     run(scenario())

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 from sglang_prefillshare.host.roles.role import FAKE_BOOTSTRAP_HOST, is_fake_transfer, needs_no_base_kv
+from sglang_prefillshare.identity.token_bytes import max_prompt_bytes
+from sglang_prefillshare.request_fields import (
+    GENERATE,
+    Limits,
+    check_fields,
+    check_sampling_params,
+    check_text,
+    prompt_ids,
+)
 
 LONG_TEXT_CHARS: Final = 16_384
 """A text from this length on is tokenized in a thread: it takes ten milliseconds and more, and everybody would wait."""
@@ -15,7 +25,13 @@ LONG_TEXT_CHARS: Final = 16_384
 async def tokenize_texts(
     original: Callable[..., Awaitable[Any]], self: Any, texts: Any, is_cross_encoder: bool = False
 ) -> Any:
-    """Tokenize long texts beside the event loop, as SGLang does for chats. (The tokenizer releases Python's lock.)"""
+    """Refuse a text that cannot fit; tokenize long ones beside the event loop, as SGLang does for chats.
+
+    (The tokenizer releases Python's lock.)
+    """
+    limits = limits_of(self)
+    for text in texts if isinstance(texts, list) else [texts or ""]:
+        check_text("the prompt", text, limits)
     length = sum(map(len, texts)) if isinstance(texts, list) else len(texts or "")
     if length < LONG_TEXT_CHARS or self.async_dynamic_batch_tokenizer is not None:
         return await original(self, texts, is_cross_encoder)
@@ -31,6 +47,12 @@ def validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
 
     A prompt of one token needs nothing of the base: both sides see that for themselves, and wait for nobody.
     """
+    limits = limits_of(self)
+    # Health checks too: whoever names their host could be anybody.
+    check_fields(GENERATE, {name: getattr(obj, name, None) for name in GENERATE}, limits)
+    check_sampling_params(obj.sampling_params, limits)
+    if input_ids is not None:
+        prompt_ids("the prompt", input_ids, limits)
     if is_fake_transfer(obj):
         return
     if obj.input_embeds is not None:
@@ -58,6 +80,26 @@ def validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
         obj.bootstrap_host = FAKE_BOOTSTRAP_HOST
 
 
+def limits_of(tokenizer_manager: Any) -> Limits:
+    """What this worker can index and hold; worked out once."""
+    found: Limits | None = getattr(tokenizer_manager, _LIMITS, None)
+    if found is None:
+        context_length = int(tokenizer_manager.context_len)
+        found = Limits(
+            vocab_size=int(tokenizer_manager.model_config.vocab_size),
+            context_length=context_length,
+            max_prompt_bytes=_max_prompt_bytes(tokenizer_manager.tokenizer, context_length),
+        )
+        setattr(tokenizer_manager, _LIMITS, found)
+    return found
+
+
+def _max_prompt_bytes(tokenizer: Any, context_length: int) -> int | None:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return None if backend is None else max_prompt_bytes(json.loads(backend.to_str()), context_length)
+
+
+_LIMITS: Final = "_prefill_share_limits"
 _REFUSED_FIELDS: Final = {
     "return_hidden_states": "those of the prompt would be the base's.",
     "return_prompt_token_ids_logprob": "prompt log-probabilities would be the base's.",

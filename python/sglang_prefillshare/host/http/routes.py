@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from typing import Any, Final
 
 import sglang_prefillshare
+from sglang_prefillshare.host.http.requests import limits_of
 from sglang_prefillshare.host.roles.prefill import REPORT_KEY
 from sglang_prefillshare.host.roles.role import SchedulerRole, role_of
 from sglang_prefillshare.protocol import (
@@ -20,6 +21,7 @@ from sglang_prefillshare.protocol import (
     Role,
     WorkerInfo,
 )
+from sglang_prefillshare.request_fields import MAX_DEPTH
 from sglang_prefillshare.settings import current_settings
 
 INIT_INFO_KEY: Final = "prefill_share"
@@ -78,6 +80,7 @@ def _describe(tokenizer_manager: Any, scheduler: dict[str, Any]) -> WorkerInfo:
     assert settings is not None
     config = tokenizer_manager.config_value
     is_prefill = settings.role is Role.PREFILL
+    limits = limits_of(tokenizer_manager)
     return WorkerInfo(
         role=settings.role,
         model=tokenizer_manager.served_model_name,
@@ -92,6 +95,8 @@ def _describe(tokenizer_manager: Any, scheduler: dict[str, Any]) -> WorkerInfo:
         context_length=tokenizer_manager.context_len,
         bootstrap_port=int(config("disaggregation_bootstrap_port")) if is_prefill else None,
         version=sglang_prefillshare.__version__,
+        vocab_size=limits.vocab_size,
+        max_prompt_bytes=limits.max_prompt_bytes,
     )
 
 
@@ -118,7 +123,10 @@ class LegMiddleware:
                 message = {**message, "headers": [*message.get("headers", []), *headers]}
             await send(message)
 
-        await self._app(scope, receive, send_with_counts)
+        try:
+            await self._app(scope, receive, send_with_counts)
+        except RecursionError:  # of a parser, before anything was answered
+            await _refuse(send, f"The request has arrays or objects inside one another over {MAX_DEPTH} deep.")
 
 
 async def _refuse(send: Any, reason: str) -> None:
