@@ -57,7 +57,10 @@ def cli() -> None:
 @click.option("--log-dir", type=_FOLDER, help="Write each worker's log to a file in this folder; show only errors.")
 @click.option("--ready-timeout", default=300.0, show_default=True, help="Seconds for each worker to become ready.")
 @click.option("--start-concurrency", type=int, help="Workers loading at the same time. [default: one per usable core]")
-@click.option("--json-ready", type=_FILE, help="A file that, while all are ready, tells their URLs and pids.")
+@click.option(
+    "--json-ready", type=_FILE, help="A file that tells URLs and pids once all are ready, and after a restart."
+)
+@click.option("--fail-fast", is_flag=True, help="Restart nothing: when one process ends, end all.")
 @click.option("--interrupt-grace", default=8.0, show_default=True, help="At the end, seconds from SIGINT to SIGTERM.")
 @click.option("--terminate-grace", default=4.0, show_default=True, help="At the end, seconds from SIGTERM to SIGKILL.")
 @click.option(
@@ -72,6 +75,7 @@ def up(
     ready_timeout: float,
     start_concurrency: int | None,
     json_ready: Path | None,
+    fail_fast: bool,
     interrupt_grace: float,
     terminate_grace: float,
     worker_command: str | None,
@@ -79,12 +83,14 @@ def up(
 ) -> int:
     """Start and supervise a whole TOPOLOGY (YAML) on this machine until Ctrl-C.
 
-    Prints `router URL` on stdout once base workers, decode workers and router are ready. When one of them ends, all
-    are ended and the exit status is 1. A second Ctrl-C does not wait for anyone.
+    Prints `router URL` on stdout once base workers, decode workers and router are ready. One that ends before that ends
+    all, with exit status 1. One that ends later is restarted, 3 times in 10 minutes at most, while the others serve on;
+    what ends more often, or ends under --fail-fast, ends all. A second Ctrl-C does not wait for anyone.
     """
     from sglang_prefillshare.config import load_topology
     from sglang_prefillshare.deployment import ROUTER_COMMAND, WORKER_COMMAND, DeploymentOptions
     from sglang_prefillshare.process import StopGrace
+    from sglang_prefillshare.restarts import RestartPolicy
 
     options = DeploymentOptions(
         ready_timeout_s=ready_timeout,
@@ -93,6 +99,7 @@ def up(
         log_dir=log_dir,
         worker_command=WORKER_COMMAND if worker_command is None else tuple(shlex.split(worker_command)),
         router_command=ROUTER_COMMAND if router_command is None else tuple(shlex.split(router_command)),
+        restarts=None if fail_fast else RestartPolicy(),
     )
     return _serve_topology(load_topology(topology), options, json_ready)
 
@@ -106,9 +113,9 @@ def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: deployment.request_stop())
         try:
-            with deployment, ready_file(json_ready, deployment):
+            with deployment, ready_file(json_ready, deployment) as write_ready_file:
                 click.echo(f"router {deployment.router_url}")
-                deployment.wait()
+                deployment.wait(on_restored=write_ready_file)
         except StopRequestedError:
             display.say("stopped")
     return 0

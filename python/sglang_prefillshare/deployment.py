@@ -18,17 +18,18 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Protocol, Self, TextIO
+from typing import Any, Final, Literal, Protocol, Self, TextIO
 
 from sglang_prefillshare.config import ArgValue, DecodeModule, Topology, WorkerSettings, flags_of
 from sglang_prefillshare.errors import ConfigError, WorkerError
 from sglang_prefillshare.process import ExitStatus, StopGrace, SupervisedProcess, describe_exit
 from sglang_prefillshare.protocol import WORKER_INFO_PATH, Role
+from sglang_prefillshare.restarts import Restart, RestartPolicy
 
 WORKER_COMMAND: Final = (sys.executable, "-m", "sglang.launch_server")
 ROUTER_COMMAND: Final = (sys.executable, "-m", "sglang_prefillshare.cli", "route")
@@ -36,10 +37,15 @@ WORKER_HOST: Final = "127.0.0.1"
 BASE_NAME: Final = "base"
 ROUTER_NAME: Final = "router"
 
-CPU_ENV: Final[Mapping[str, str]] = {"OMP_NUM_THREADS": "1"}
+CPU_ENV: Final[Mapping[str, str]] = {
+    "OMP_NUM_THREADS": "1",
+    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
+    "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
+}
 """On a host without an accelerator or for `device: cpu`, where neither the topology nor our own environment says
-otherwise: several processes with several OpenMP threads each wait for one another at barriers. What else a CPU needs
-SGLang gets from our platform (`host/cpu/platform.py`), with or without `up`."""
+otherwise: several processes with several OpenMP threads each wait for one another at barriers; and a server whose
+scheduler died would wait 5 s for a GPU to settle, then up to 60 s for its core dump, before it ends. What else a CPU
+needs SGLang gets from our platform (`host/cpu/platform.py`), with or without `up`."""
 
 API_KEY_VARIABLE: Final = "PREFILLSHARE_WORKER_API_KEY"
 """Hands the workers' key to the router, for which a flag would be readable by every user of the machine."""
@@ -92,10 +98,17 @@ class WorkerPlan:
 
 @dataclass(slots=True)
 class Worker:
-    """A worker or the router as it runs. Changed by its deployment only."""
+    """A worker or the router as it runs, process after process. Changed by its deployment only."""
 
     plan: WorkerPlan
     state: State = State.WAITING
+    launch_count: int = 0
+    restart_at: float | None = None
+    """When it is started again, while it waits for that."""
+    late_because: str | None = None
+    """Why its process was ended by us, while it is being ended for not getting ready."""
+    restarted_deaths: list[float] = field(default_factory=list)
+    """When it died, each time that it was started again."""
     started_at: float | None = None
     ready_at: float | None = None
     process: SupervisedProcess | None = None
@@ -145,6 +158,9 @@ class Observer(Protocol):
 
     def on_line(self, worker: Worker, line: str) -> None: ...
 
+    def on_restart(self, worker: Worker, restart: Restart, reason: str) -> None:
+        """It died, as `reason` says, and will be started again."""
+
     def on_wait(self, workers: Sequence[Worker]) -> None:
         """Called about once a second while something is being waited for."""
 
@@ -156,6 +172,8 @@ class Silent:
 
     def on_line(self, worker: Worker, line: str) -> None: ...
 
+    def on_restart(self, worker: Worker, restart: Restart, reason: str) -> None: ...
+
     def on_wait(self, workers: Sequence[Worker]) -> None: ...
 
 
@@ -164,7 +182,8 @@ class DeploymentOptions:
     """How to start and to end, whatever the topology. Times in seconds.
 
     `ready_timeout_s` counts for each worker from its own start. `start_concurrency` workers load at the same time;
-    `None` is one for each usable core.
+    `None` is one for each usable core. Without `restarts` a process that dies while all serve ends everything, as
+    one that dies before always does: who measures must not measure a restart.
     """
 
     ready_timeout_s: float = 300.0
@@ -174,6 +193,7 @@ class DeploymentOptions:
     log_dir: Path | None = None
     worker_command: tuple[str, ...] = WORKER_COMMAND
     router_command: tuple[str, ...] = ROUTER_COMMAND
+    restarts: RestartPolicy | None = None
 
     def __post_init__(self) -> None:
         if self.ready_timeout_s <= 0:
@@ -186,11 +206,21 @@ class StopRequestedError(Exception):
     """`request_stop` was called while a deployment started or served. Not a failure."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Event:
+    """What the threads tell the deployment's own; `launch` says which process of the worker it is about."""
+
+    kind: Literal["stop", "ready", "ended", "tick"]
+    worker: Worker | None = None
+    launch: int = 0
+
+
 class Deployment:
     """Every process of one topology. Inside `with`, all are ready; after it, none is left, whatever happened.
 
-    Entering raises `WorkerError` when a worker ends or is not ready in time, naming it with its last lines. A worker
-    that ends later ends the rest only through `wait` or `check`, so that a caller may try what happens without it.
+    Entering raises `WorkerError` when a worker ends or is not ready in time, naming it with its last lines. What ends
+    later is noticed by `wait`, which restarts it if the options say so, and `check`; until one of them is called
+    nothing happens, so that a caller may try what it is like without it.
     """
 
     def __init__(
@@ -200,7 +230,9 @@ class Deployment:
         self._observer: Observer = observer or Silent()
         self._topology = topology
         self._ports = PortBlocks(avoid=topology.router.port)
-        self._events: queue.SimpleQueue[tuple[str, Worker | None]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._start_concurrency = self._options.start_concurrency or len(os.sched_getaffinity(0))
+        self._has_started = False
         self.workers: list[Worker] = []
         self.router: Worker | None = None
 
@@ -242,10 +274,10 @@ class Deployment:
         self.router = None if router_plan is None else Worker(router_plan)
         for worker in self._all():
             self._observer.on_state(worker)
-        concurrency = options.start_concurrency or len(os.sched_getaffinity(0))
-        self._bring_up(self.workers, concurrency, options.ready_timeout_s)
+        self._bring_up(self.workers, self._start_concurrency, options.ready_timeout_s)
         if self.router is not None:  # after the workers, whose descriptions it reads
             self._bring_up([self.router], 1, min(options.ready_timeout_s, ROUTER_READY_TIMEOUT_S))
+        self._has_started = True
 
     def _plan(self) -> tuple[list[WorkerPlan], WorkerPlan | None]:
         """What to run; without a router if a subclass says so."""
@@ -257,11 +289,23 @@ class Deployment:
             environ=os.environ,
         )
 
-    def wait(self) -> None:
-        """Serve until a worker ends (`WorkerError`) or a stop is requested (`StopRequestedError`)."""
+    def wait(self, *, on_restored: Callable[[], None] | None = None) -> None:
+        """Serve until a stop is requested (`StopRequestedError`) or what died is not restarted (`WorkerError`).
+
+        `on_restored` is called each time that all are ready again.
+        """
+        is_whole = True
         while True:
-            self.check()
-            self._handle(self._next_event(timeout_s=60.0))
+            if self._options.restarts is None:
+                self.check()
+            self._handle(self._next_event(timeout_s=self._until_next_step_s()))
+            self._launch_due()
+            self._end_late()
+            was_whole, is_whole = is_whole, all(worker.state is State.READY for worker in self._all())
+            if not is_whole:
+                self._observer.on_wait(self._all())
+            elif not was_whole and on_restored is not None:
+                on_restored()
 
     def check(self) -> None:
         """Raise `WorkerError` if a worker or the router has ended."""
@@ -271,7 +315,7 @@ class Deployment:
 
     def request_stop(self) -> None:
         """Ask `start` or `wait` to give up; while stopping, ask to hurry. Safe in a signal handler."""
-        self._events.put(("stop", None))
+        self._events.put(_Event("stop"))
 
     def stop(self) -> None:
         """End everything: all are asked at once, and none is left when this returns."""
@@ -288,12 +332,12 @@ class Deployment:
                     assert worker.process is not None
                     worker.process.destroy()
                 deadline += 10.0
-            event, _ = self._next_event(timeout_s=0.5)
-            if event == "stop":
+            event = self._next_event(timeout_s=0.5)
+            if event.kind == "stop":
                 for worker in running:
                     assert worker.process is not None
                     worker.process.kill()
-            elif event == "tick":
+            elif event.kind == "tick":
                 self._observer.on_wait(running)
         self._ports.release()
 
@@ -323,10 +367,13 @@ class Deployment:
             self._observer.on_wait(workers)
 
     def _launch(self, worker: Worker) -> None:
+        worker.launch_count += 1
+        launch = worker.launch_count
         log: TextIO | None = None
         if self._options.log_dir is not None:
             worker.log_file = self._options.log_dir / f"{worker.name}.log"
-            log = worker.log_file.open("w", encoding="utf-8", buffering=1)
+            # What the last process said is why this one is started.
+            log = worker.log_file.open("w" if launch == 1 else "a", encoding="utf-8", buffering=1)
 
         def on_line(line: str) -> None:
             if log is not None:
@@ -336,10 +383,11 @@ class Deployment:
         def on_exit(_: ExitStatus) -> None:
             if log is not None:
                 log.close()
-            self._events.put(("ended", worker))
+            self._events.put(_Event("ended", worker, launch))
 
-        worker.started_at = time.monotonic()
-        worker.process = SupervisedProcess(
+        worker.started_at, worker.ready_at, worker.restart_at = time.monotonic(), None, None
+        worker.last_answer, worker.late_because = "no answer yet", None
+        process = worker.process = SupervisedProcess(
             worker.name,
             worker.plan.command,
             env=worker.plan.env,
@@ -348,35 +396,87 @@ class Deployment:
             grace=self._options.grace,
         )
         self._set_state(worker, State.STARTING)
-        threading.Thread(target=self._probe, args=(worker,), name=f"{worker.name}-probe", daemon=True).start()
+        threading.Thread(
+            target=self._probe, args=(worker, process, launch), name=f"{worker.name}-probe", daemon=True
+        ).start()
 
-    def _probe(self, worker: Worker) -> None:
-        assert worker.process is not None
-        while not worker.process.wait(self._options.poll_interval_s):
+    def _probe(self, worker: Worker, process: SupervisedProcess, launch: int) -> None:
+        while not process.wait(self._options.poll_interval_s):
             answer = probe(worker.plan)
+            if worker.launch_count != launch:
+                return
             worker.last_answer = answer
             if answer == "ready":
-                self._events.put(("ready", worker))
+                self._events.put(_Event("ready", worker, launch))
                 return
 
-    def _next_event(self, *, timeout_s: float) -> tuple[str, Worker | None]:
+    def _next_event(self, *, timeout_s: float) -> _Event:
         try:
             return self._events.get(timeout=timeout_s)
         except queue.Empty:
-            return "tick", None
+            return _Event("tick")
 
-    def _handle(self, event: tuple[str, Worker | None]) -> None:
-        kind, worker = event
-        if kind == "stop":
+    def _handle(self, event: _Event) -> None:
+        if event.kind == "stop":
             raise StopRequestedError
-        if worker is None or worker.process is None:
+        worker = event.worker
+        if worker is None or worker.process is None or event.launch != worker.launch_count:
             return
-        if worker.process.status is not None:
-            self._set_state(worker, State.ENDED)
-            raise _ended_error(worker, worker.process.status)
-        if kind == "ready":
+        if event.kind == "ended":
+            assert worker.process.status is not None
+            self._on_death(worker, worker.process.status)
+        elif worker.process.status is None and worker.state is State.STARTING:
             worker.ready_at = time.monotonic()
             self._set_state(worker, State.READY)
+
+    def _on_death(self, worker: Worker, status: ExitStatus) -> None:
+        policy = self._options.restarts
+        now = time.monotonic()
+        # Whatever dies before all were ready once has something wrong that another try does not mend.
+        restart = policy.decide(worker.restarted_deaths, now=now) if policy is not None and self._has_started else None
+        if restart is None:
+            self._set_state(worker, State.ENDED)
+            raise _ended_error(worker, status, policy=policy if self._has_started else None)
+        worker.restarted_deaths.append(now)
+        worker.restart_at = now + restart.delay_s
+        self._observer.on_restart(worker, restart, _ended_because(worker, status))
+        self._set_state(worker, State.WAITING)
+
+    def _until_next_step_s(self) -> float:
+        """How long `wait` may sleep if nothing happens."""
+        if all(worker.state is State.READY for worker in self._all()):
+            return 60.0
+        due = [worker.restart_at for worker in self._all() if worker.restart_at is not None]
+        return max(0.0, min([1.0, *(at - time.monotonic() for at in due if at > time.monotonic())]))
+
+    def _launch_due(self) -> None:
+        """Start what has waited long enough, as many at a time as at the beginning."""
+        loading_count = sum(worker.state is State.STARTING for worker in self.workers)
+        for worker in self._all():
+            if worker.restart_at is None or worker.restart_at > time.monotonic():
+                continue
+            if worker is self.router or loading_count < self._start_concurrency:
+                self._launch(worker)
+                loading_count += worker is not self.router
+
+    def _end_late(self) -> None:
+        """End what was started again and is not ready in time; that is its next death."""
+        now = time.monotonic()
+        for worker in self._all():
+            if worker.state is not State.STARTING or worker.started_at is None:
+                continue
+            began, timeout_s = worker.started_at, self._options.ready_timeout_s
+            if worker is self.router:
+                # It is ready when the workers are, and they may be loading themselves.
+                if not all(other.state is State.READY for other in self.workers):
+                    continue
+                began = max([began, *(other.ready_at or began for other in self.workers)])
+                timeout_s = min(timeout_s, ROUTER_READY_TIMEOUT_S)
+            if now - began > timeout_s:
+                assert worker.process is not None
+                worker.late_because = f"not ready within {timeout_s:g} s (last: {worker.last_answer})"
+                self._set_state(worker, State.STOPPING)
+                worker.process.stop()
 
     def _has_ended(self, worker: Worker) -> bool:
         assert worker.process is not None
@@ -607,35 +707,56 @@ def has_accelerator() -> bool:
 
 
 @contextlib.contextmanager
-def ready_file(path: Path | None, deployment: Deployment) -> Iterator[None]:
-    """Inside, `path` describes the deployment; it appears whole, and goes with it."""
+def ready_file(path: Path | None, deployment: Deployment) -> Iterator[Callable[[], None]]:
+    """Inside, `path` describes the deployment; it appears whole, and goes with it. Gives what writes it anew."""
     if path is None:
-        yield
+        yield lambda: None
         return
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+
+    def write() -> None:
+        draft = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            draft.write_text(json.dumps(deployment.describe(), indent=2) + "\n", encoding="utf-8")
+            draft.replace(path)
+        except OSError as error:
+            draft.unlink(missing_ok=True)
+            raise ConfigError(
+                f"cannot write {path}: {error.strerror}. Give --json-ready a file you may write."
+            ) from error
+
+    write()
     try:
-        draft.write_text(json.dumps(deployment.describe(), indent=2) + "\n", encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise ConfigError(f"cannot write {path}: {error.strerror}. Give --json-ready a file you may write.") from error
-    try:
-        yield
+        yield write
     finally:
         path.unlink(missing_ok=True)
 
 
-def _ended_error(worker: Worker, status: ExitStatus) -> WorkerError:
-    before = "before it was ready" if worker.ready_at is None else "while it served"
+def _ended_error(worker: Worker, status: ExitStatus, *, policy: RestartPolicy | None = None) -> WorkerError:
+    tried = ""
+    if policy is not None:
+        tried = f" It was restarted {_times(policy.limit)} within {policy.window_s / 60:g} minutes; that is the limit."
     log = "" if worker.log_file is None else f" Its log is {worker.log_file}."
-    return WorkerError(f"{worker.name} ended {before}: {describe_exit(status)}.{log} Last lines:\n{_quote(worker)}")
+    return WorkerError(f"{worker.name} {_ended_because(worker, status)}.{tried}{log} Last lines:\n{quote_tail(worker)}")
+
+
+def _ended_because(worker: Worker, status: ExitStatus) -> str:
+    """`ended while it served: killed by SIGKILL`."""
+    if worker.late_because is not None:
+        return f"was ended: {worker.late_because}"
+    before = "before it was ready" if worker.ready_at is None else "while it served"
+    return f"ended {before}: {describe_exit(status)}"
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
 
 
 def _late_error(late: Sequence[Worker], timeout_s: float) -> WorkerError:
     names = ", ".join(f"{worker.name} (last: {worker.last_answer})" for worker in late)
     hint = "" if late[0].plan.role is None else " Raise --ready-timeout if loading takes longer."
-    return WorkerError(f"not ready within {timeout_s:g} s: {names}.{hint} Last lines:\n{_quote(late[0])}")
+    return WorkerError(f"not ready within {timeout_s:g} s: {names}.{hint} Last lines:\n{quote_tail(late[0])}")
 
 
-def _quote(worker: Worker) -> str:
+def quote_tail(worker: Worker) -> str:
+    """Its last lines of output, as a message quotes them."""
     return "\n".join(f"  [{worker.name}] {line}" for line in worker.tail()) or f"  [{worker.name}] (no output)"

@@ -14,7 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sglang_prefillshare.deployment import State, Worker
+from sglang_prefillshare.deployment import State, Worker, quote_tail
+from sglang_prefillshare.restarts import Restart
 
 _COLOURS: Final = ("cyan", "magenta", "green", "yellow", "blue", "bright_cyan", "bright_magenta", "bright_green")
 _STATE_COLOURS: Final = {State.STARTING: "yellow", State.READY: "green", State.STOPPING: "yellow", State.ENDED: "red"}
@@ -62,7 +63,8 @@ class Display:
         if worker.state is State.STARTING:
             self._tell(worker, f"starting at {worker.url}")
         elif worker.state is State.READY:
-            self._tell(worker, f"ready after {worker.waited_s:.1f} s")
+            again = "" if worker.launch_count == 1 else " again"
+            self._tell(worker, f"ready{again} after {worker.waited_s:.1f} s")
         elif worker.state is State.ENDED:
             self._tell(worker, "ended")
 
@@ -74,6 +76,14 @@ class Display:
         if line and (is_error or not self._errors_only):
             # A worker may colour its lines itself: keep that on a terminal, drop it elsewhere.
             self._print(worker, Text.from_ansi(line))
+
+    def on_restart(self, worker: Worker, restart: Restart, reason: str) -> None:
+        log = "" if worker.log_file is None else f" Its log is {worker.log_file}."
+        self._tell(
+            worker,
+            f"{time.strftime('%H:%M:%S')} {reason}; restart {restart.number} of {restart.limit} in "
+            f"{restart.delay_s:g} s.{log} Last lines:\n{quote_tail(worker)}",
+        )
 
     def on_wait(self, workers: Sequence[Worker]) -> None:
         if self._is_live or time.monotonic() - self._reminded_at < _REMINDER_S:

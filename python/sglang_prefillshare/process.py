@@ -22,7 +22,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, NewType
+from typing import TYPE_CHECKING, Final, NewType
+
+if TYPE_CHECKING:
+    import psutil
 
 ExitStatus = NewType("ExitStatus", int)
 """As `subprocess` gives it: the exit code, or the negative number of the signal that ended the process."""
@@ -164,6 +167,7 @@ class SupervisedProcess:
             # The supervisor was killed from outside, and so nobody ended what it watched over.
             status = ExitStatus(code)
             _kill_session(self._supervisor.pid)
+            _wait_session_gone(self._supervisor.pid, timeout_s=5.0)
         self._reader.join(timeout=2.0)
         self._status = status
         self._has_pid.set()
@@ -171,13 +175,31 @@ class SupervisedProcess:
         self._on_exit(status)
 
 
+def _session(session: int) -> list[psutil.Process]:
+    """The processes of a session that run; one that is a zombie holds neither memory nor ports."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
 def _kill_session(session: int) -> None:
     import psutil
 
-    for process in psutil.process_iter():
-        with contextlib.suppress(ProcessLookupError, PermissionError, psutil.Error):
-            if os.getsid(process.pid) == session:
-                process.kill()
+    for process in _session(session):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
+def _wait_session_gone(session: int, *, timeout_s: float) -> None:
+    """Their ports are free then, for whoever is started in their place."""
+    deadline = time.monotonic() + timeout_s
+    while _session(session) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 # ---- the supervisor's side -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Takes the flags that a real one gets and ignores them, but for host, port and:
   --fake dies-at-start | dies-later | never-ready | ignores-signals | forks | parent     (may be given several)
   --api-key KEY: without it, everything but /health answers 401
   --fake-ready-after SECONDS
+  --fake-if FILE MODE: as --fake MODE, if FILE exists when it starts
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ def main() -> None:
     parser.add_argument("--api-key")
     parser.add_argument("--fake", nargs="*", default=[])
     parser.add_argument("--fake-ready-after", type=float, default=0.0)
+    parser.add_argument("--fake-if", nargs=2, metavar=("FILE", "MODE"))
     args, _ = parser.parse_known_args()
     fakes = set(args.fake)
+    if args.fake_if and os.path.exists(args.fake_if[0]):
+        fakes.add(args.fake_if[1])
 
     print(f"loading {args.served_model_name}", flush=True)
     if "dies-at-start" in fakes:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import re
 import shlex
 import signal
 import subprocess
@@ -197,8 +199,30 @@ def test_a_second_interrupt_waits_for_nobody(tmp_path: Path, mark: str) -> None:
     assert time.monotonic() - began < 5
 
 
-def test_a_worker_that_dies_ends_everything_with_status_1(tmp_path: Path, mark: str) -> None:
-    with up(tmp_path, mark, coder={"args": {"fake": "dies-later"}}) as running:
+def test_up_restarts_a_worker_that_died_and_says_so(tmp_path: Path, mark: str) -> None:
+    with up(tmp_path, mark) as running:
+        told = running.wait_ready()
+        pid = told["workers"][1]["pid"]
+        os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: json.loads(running.ready_file.read_text())["workers"][1]["pid"] != pid)
+        now = json.loads(running.ready_file.read_text())
+        assert {**now["workers"][1], "pid": pid} == told["workers"][1]
+        assert (now["workers"][0], now["router"]) == (told["workers"][0], told["router"])
+        running.process.send_signal(signal.SIGINT)
+        status, out, err = running.finish()
+    assert (status, out) == (0, f"router {told['router_url']}\n"), err
+    said = re.search(
+        r"^\[coder\] \d\d:\d\d:\d\d ended while it served: killed by SIGKILL \(out of memory\?\); "
+        r"restart 1 of 3 in 1 s. Last lines:\n  \[coder\] loading coder$",
+        err,
+        re.MULTILINE,
+    )
+    assert said, err
+    assert re.search(r"^\[coder\] ready again after ", err, re.MULTILINE)
+
+
+def test_under_fail_fast_a_worker_that_dies_ends_everything_with_status_1(tmp_path: Path, mark: str) -> None:
+    with up(tmp_path, mark, "--fail-fast", coder={"args": {"fake": "dies-later"}}) as running:
         status, _, err = running.finish()
     assert status == 1
     assert "prefillshare: coder ended while it served: exit status 4" in err

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -34,6 +36,7 @@ from sglang_prefillshare.deployment import (
 from sglang_prefillshare.errors import ConfigError, WorkerError
 from sglang_prefillshare.process import ExitStatus, StopGrace, describe_exit
 from sglang_prefillshare.protocol import Role
+from sglang_prefillshare.restarts import Restart, RestartPolicy
 from test.unit.deploying import fake_options, fake_topology, marked, new_mark, nothing_left, topology_data, wait_until
 
 
@@ -331,6 +334,148 @@ def test_waiting_ends_when_a_stop_is_requested(tmp_path: Path, mark: str) -> Non
         deployment.request_stop()
         with pytest.raises(StopRequestedError):
             deployment.wait()
+
+
+# ---- restarting ----------------------------------------------------------------------------------------------------
+
+QUICK = RestartPolicy(first_delay_s=0.05)
+
+
+class Restarts(Silent):
+    """Keeps what an observer is told of restarts, with the worker's last lines at that moment."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int, str]] = []
+        self.tails: list[list[str]] = []
+
+    def on_restart(self, worker: Worker, restart: Restart, reason: str) -> None:
+        self.seen.append((worker.name, restart.number, reason))
+        self.tails.append(worker.tail())
+
+
+@contextlib.contextmanager
+def waiting(deployment: Deployment, restored: list[str] | None = None) -> Iterator[list[BaseException]]:
+    """`deployment.wait()` in a thread of its own; the list gets what it ends with."""
+    ended_with: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            deployment.wait(on_restored=lambda: None if restored is None else restored.append("restored"))
+        except (StopRequestedError, WorkerError) as error:
+            ended_with.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    try:
+        yield ended_with
+    finally:
+        deployment.request_stop()
+        thread.join(timeout=20.0)
+        assert not thread.is_alive()
+
+
+def kill(worker: Worker) -> int:
+    pid = worker.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+def test_what_dies_while_it_serves_is_restarted_as_it_was_and_the_others_go_on(tmp_path: Path, mark: str) -> None:
+    options = fake_options(restarts=QUICK, log_dir=tmp_path / "logs")
+    told, restored = Restarts(), list[str]()
+    topology = fake_topology(tmp_path, mark, coder={"args": {"fake": "forks"}})
+    with Deployment(topology, options=options, observer=told) as deployment, waiting(deployment, restored):
+        assert deployment.router is not None
+        base_pid = deployment.worker("base").pid
+        for name, worker in (("coder", deployment.worker("coder")), ("router", deployment.router)):
+            process_count, pid, count = len(marked(mark)), kill(worker), len(restored)
+            assert wait_until(lambda: len(restored) > count)  # noqa: B023 - called at once
+            assert worker.state is State.READY and worker.pid != pid
+            with urllib.request.urlopen(f"{worker.url}/health", timeout=5) as answer:  # the port is the same
+                assert answer.status == 200
+            assert wait_until(lambda: len(marked(mark)) == process_count, timeout_s=2.0)  # noqa: B023
+            assert told.seen[-1] == (name, 1, "ended while it served: killed by SIGKILL (out of memory?)")
+        assert deployment.worker("base").pid == base_pid
+    assert told.tails == [["loading coder"], ["loading router"]]
+    log = (tmp_path / "logs" / "coder.log").read_text().splitlines()
+    assert log == ["loading coder", "loading coder", "leaving on SIGINT"]
+
+
+def test_what_dies_more_often_ends_the_wait_with_the_reason_and_the_log(tmp_path: Path, mark: str) -> None:
+    told = Restarts()
+    topology = fake_topology(tmp_path, mark, coder={"args": {"fake": "dies-later"}})
+    options = fake_options(restarts=QUICK, log_dir=tmp_path / "logs")
+    with (
+        Deployment(topology, options=options, observer=told) as deployment,
+        pytest.raises(
+            WorkerError,
+            match=r"coder ended while it served: exit status 4. It was restarted 3 times within 10 minutes; that is "
+            rf"the limit. Its log is {tmp_path}/logs/coder.log. Last lines:\n  \[coder\] loading coder",
+        ),
+    ):
+        deployment.wait()
+    assert told.seen == [("coder", number, "ended while it served: exit status 4") for number in (1, 2, 3)]
+
+
+def test_a_restart_that_fails_or_is_not_ready_in_time_counts_as_a_death(tmp_path: Path, mark: str) -> None:
+    for mode, reason in (
+        ("dies-at-start", "ended before it was ready: exit status 3"),
+        ("never-ready", "was ended: not ready within 5 s (last: status 503 at /prefill_share)"),
+    ):
+        told, restored, spoilt = Restarts(), list[str](), tmp_path / mode
+        topology = fake_topology(tmp_path, mark, coder={"args": {"fake-if": [str(spoilt), mode]}})
+        options = fake_options(restarts=QUICK, ready_timeout_s=5.0)
+        with Deployment(topology, options=options, observer=told) as deployment, waiting(deployment, restored):
+            spoilt.touch()
+            kill(deployment.worker("coder"))
+            assert wait_until(lambda told=told: len(told.seen) == 2)
+            spoilt.unlink()
+            assert wait_until(lambda restored=restored: restored == ["restored"]), told.seen
+        assert told.seen[1] == ("coder", 2, reason)
+
+
+@pytest.mark.parametrize("fake", ["dies-at-start", "dies-later"])
+def test_what_dies_before_all_were_ready_once_is_not_restarted(tmp_path: Path, mark: str, fake: str) -> None:
+    told = Restarts()
+    topology = fake_topology(tmp_path, mark, base={"args": {"fake": fake}}, coder={"args": {"fake-ready-after": 10.0}})
+    options = fake_options(restarts=QUICK)
+    began = time.monotonic()
+    with pytest.raises(WorkerError, match="base ended"), Deployment(topology, options=options, observer=told):
+        pass
+    assert time.monotonic() - began < 9.0
+    assert told.seen == []
+
+
+def test_a_stop_ends_the_wait_for_a_restart_and_its_loading(tmp_path: Path, mark: str) -> None:
+    slow, mode = tmp_path / "slow", "never-ready"
+    topology = fake_topology(tmp_path, mark, coder={"args": {"fake-if": [str(slow), mode]}})
+    for policy, state in ((RestartPolicy(first_delay_s=60.0), State.WAITING), (QUICK, State.STARTING)):
+        slow.unlink(missing_ok=True)
+        with Deployment(topology, options=fake_options(restarts=policy)) as deployment:
+            with waiting(deployment) as ended_with:
+                slow.touch()
+                kill(deployment.worker("coder"))
+                assert wait_until(lambda deployment=deployment, state=state: deployment.worker("coder").state is state)
+                began = time.monotonic()
+            assert [type(error) for error in ended_with] == [StopRequestedError]
+        assert time.monotonic() - began < 5.0
+        assert {worker.state for worker in deployment.workers} == {State.ENDED}
+
+
+def test_the_children_of_a_killed_supervisor_are_gone_when_its_worker_starts_again(tmp_path: Path, mark: str) -> None:
+    restored = list[str]()
+    topology = fake_topology(tmp_path, mark, coder={"args": {"fake": "ignores-signals"}})
+    options = fake_options(restarts=QUICK, grace=StopGrace(interrupt_s=0.2, terminate_s=0.2))
+    with Deployment(topology, options=options) as deployment, waiting(deployment, restored):
+        pid = deployment.worker("coder").pid
+        assert pid is not None
+        supervisor = psutil.Process(pid).parent()
+        assert supervisor is not None
+        supervisor.kill()
+        assert wait_until(lambda: restored == ["restored"])
+        assert pid not in {process.pid for process in marked(mark)}
+        assert deployment.worker("coder").launch_count == 2
 
 
 # ---- ending --------------------------------------------------------------------------------------------------------
