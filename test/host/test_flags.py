@@ -140,3 +140,20 @@ def test_a_role_fills_in_what_it_needs(folder: Path) -> None:
     assert from_file == decode
     assert '"disaggregation_transfer_backend": "nixl"' in nixl
     assert "is served untrained" in errors
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"])
+def test_expandable_segments_are_refused_under_either_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from sglang_prefillshare.errors import ConfigError
+    from sglang_prefillshare.host import flags
+
+    monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:True")
+    args = SimpleNamespace(
+        disaggregation_transfer_backend="prefillshare", tp_size=1, load_format="auto", enable_memory_saver=False
+    )
+    with pytest.raises(ConfigError, match=f"{name} asks for expandable segments.*nixl"):
+        flags._refuse_backend(args)
+    args.disaggregation_transfer_backend = "nixl"
+    flags._refuse_backend(args)

@@ -41,7 +41,7 @@ def test_a_gpu_pool_that_cannot_be_exported_is_told_of_with_the_reason(monkeypat
         def data_ptr(self) -> int:
             return 4096
 
-    def cannot(_addresses: object) -> None:
+    def cannot(_addresses: object, *, device: int) -> None:
         raise HandoffError("cannot export its KV pool over CUDA IPC: cuIpcGetMemHandle returned NOT_SUPPORTED.")
 
     assert doctor._handoff() == "shared memory" or torch.cuda.is_available()
@@ -49,5 +49,5 @@ def test_a_gpu_pool_that_cannot_be_exported_is_told_of_with_the_reason(monkeypat
     monkeypatch.setattr(torch, "zeros", lambda *_size, **_where: Pinned())
     monkeypatch.setattr(doctor, "CudaAllocations", cannot)
     assert doctor._handoff().startswith("nixl only: cannot export its KV pool")
-    monkeypatch.setattr(doctor, "CudaAllocations", lambda _addresses: None)
+    monkeypatch.setattr(doctor, "CudaAllocations", lambda _addresses, *, device: None)
     assert doctor._handoff() == "CUDA IPC"

@@ -17,7 +17,7 @@ from typing import Any, Final
 from sglang_prefillshare.errors import HandoffError
 
 CANNOT_EXPORT: Final = (
-    "cannot export its KV pool over CUDA IPC: {error}. Unset PYTORCH_CUDA_ALLOC_CONF=expandable_segments and "
+    "cannot export its KV pool over CUDA IPC: {error}. Unset expandable_segments in PYTORCH_ALLOC_CONF and "
     "--enable-memory-saver, or choose --disaggregation-transfer-backend nixl."
 )
 CANNOT_MAP: Final = (

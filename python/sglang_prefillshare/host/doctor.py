@@ -79,7 +79,7 @@ def _handoff() -> str:
     if not torch.cuda.is_available():
         return "shared memory"
     try:
-        CudaAllocations([torch.zeros(1 << 20, dtype=torch.uint8, device="cuda").data_ptr()])
+        CudaAllocations([torch.zeros(1 << 20, dtype=torch.uint8, device="cuda:0").data_ptr()], device=0)
     except PrefillShareError as error:
         return f"nixl only: {error}"
     return "CUDA IPC"

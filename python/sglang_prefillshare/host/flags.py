@@ -19,7 +19,8 @@ from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.settings import BACKEND_NAME, DEFAULT_LEASE_TIMEOUT_S, RoleSettings, publish
 
 _EXPLICIT: Final = "_prefill_share_explicit"
-_CUDA_ALLOC_CONF: Final = "PYTORCH_CUDA_ALLOC_CONF"
+_ALLOC_CONFS: Final = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""PyTorch reads either."""
 
 
 def add_cli_args(original: Callable[..., None], parser: argparse.ArgumentParser) -> None:
@@ -239,11 +240,12 @@ def _refuse_backend(args: argparse.Namespace) -> None:
         raise ConfigError("--load-format dummy serves random weights under the base's identity. Remove the flag.")
     if backend == "fake":
         raise ConfigError("--disaggregation-transfer-backend fake moves no KV. Choose prefillshare or nixl.")
-    if backend == BACKEND_NAME and "expandable_segments:true" in os.environ.get(_CUDA_ALLOC_CONF, "").lower():
-        raise ConfigError(
-            f"{_CUDA_ALLOC_CONF} asks for expandable segments, which CUDA cannot share with another process. Unset it, "
-            "or choose --disaggregation-transfer-backend nixl."
-        )
+    for name in _ALLOC_CONFS if backend == BACKEND_NAME else ():
+        if "expandable_segments:true" in os.environ.get(name, "").lower():
+            raise ConfigError(
+                f"{name} asks for expandable segments, which CUDA cannot share with another process. Unset it, or "
+                "choose --disaggregation-transfer-backend nixl."
+            )
     if backend == BACKEND_NAME and args.enable_memory_saver:
         raise ConfigError(
             "--enable-memory-saver reserves the KV pool in a way that CUDA cannot share with another process. Remove "

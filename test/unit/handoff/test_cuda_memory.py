@@ -52,7 +52,7 @@ def test_memory_that_the_driver_cannot_export_is_refused_with_the_setting_to_cha
     assert message.startswith("this prefill worker cannot export its KV pool over CUDA IPC: ")
     for part in (
         "cuIpcGetMemHandle returned CUDA_ERROR_INVALID_VALUE",
-        "Unset PYTORCH_CUDA_ALLOC_CONF=expandable_segments",
+        "Unset expandable_segments in PYTORCH_ALLOC_CONF",
         "--enable-memory-saver",
         "--disaggregation-transfer-backend nixl",
     ):

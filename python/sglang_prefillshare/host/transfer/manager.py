@@ -84,7 +84,7 @@ class PrefillShareKVManager(CommonKVManager):
 
     @property
     def on_cuda(self) -> bool:
-        return self.device.type == "cuda"
+        return bool(self.device.type == "cuda")
 
     def with_device(self) -> AbstractContextManager[None]:
         """What a thread of ours that has to do with the GPU runs in: a new thread is on no GPU, or on GPU 0."""
