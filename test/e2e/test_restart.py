@@ -19,8 +19,9 @@ import pytest
 import yaml
 
 from test.e2e.conftest import Models
+from test.support.device import WORKER_ARGS
 from test.support.models import sample_prompt
-from test.support.servers import FLOAT32, answers, greedy, post, session
+from test.support.servers import answers, greedy, post, session
 
 PROMPT = sample_prompt(200, seed=42)
 NEW_TOKENS = 8
@@ -36,7 +37,7 @@ class Up:
         described = {
             "base": {"model": str(models.base)},
             "decode": [{"name": name, "model": str(getattr(models, name))} for name in ("coder", "twin")],
-            "args": dict(FLOAT32),
+            "args": dict(WORKER_ARGS),
         }
         topology.write_text(yaml.safe_dump(described))
         command = [sys.executable, "-m", "sglang_prefillshare.cli", "up", str(topology)]
