@@ -212,7 +212,8 @@ def plan(
     """Decide the launch that copies `tokens` tokens of `head_count` heads, or None where there is nothing to copy.
 
     At least one side is `Paged`. A page list has exactly the pages that [0, first + tokens) takes. Page numbers are
-    not looked at, that would wait for the GPU: see `check_pages`. `tuning` is by default `tuning_for` this size. Raises `ValueError` for anything else that is wrong.
+    not looked at, that would wait for the GPU: see `check_pages`. `tuning` is by default `tuning_for` this size. Raises
+    `ValueError` for anything else that is wrong.
     """
     pools = [side.pool for side in (source, target) if isinstance(side, Paged)]
     assert pools, "one side is a pool"

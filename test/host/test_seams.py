@@ -23,13 +23,13 @@ def test_the_installed_sglang_has_the_seam(seam: seams.Seam) -> None:
 
 
 def test_a_missing_target_is_named() -> None:
-    gone = dataclasses.replace(seams.CPU[0], target="sglang.srt.managers.scheduler.Scheduler.not_there")
+    gone = dataclasses.replace(seams.CPU_SCHEDULER[0], target="sglang.srt.managers.scheduler.Scheduler.not_there")
     with pytest.raises(SeamError, match=r"Scheduler\.not_there.*wanted 0\.5\.23"):
         seams.check(gone)
 
 
 def test_a_changed_signature_is_named() -> None:
-    changed = dataclasses.replace(seams.CPU[0], parameters=("self", "timeout_s"))
+    changed = dataclasses.replace(seams.CPU_SCHEDULER[0], parameters=("self", "timeout_s"))
     with pytest.raises(SeamError, match=r"on_idle takes \('self',\), wanted \('self', 'timeout_s'\)"):
         seams.check(changed)
 
@@ -40,4 +40,4 @@ def test_a_hook_that_sglang_did_not_place_is_an_error(monkeypatch: pytest.Monkey
     monkeypatch.setattr(HookRegistry, "apply_hooks", classmethod(lambda cls: None))
     monkeypatch.setattr(HookRegistry, "_patched", set())
     with pytest.raises(SeamError, match="not in place"):
-        seams.install(seams.CPU)
+        seams.install(seams.CPU_SCHEDULER)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from prefillshare_kernels.planned import PlannedCopy
@@ -32,6 +33,7 @@ class DeviceCopier:
         self._stream_handle: int | None = self._stream.cuda_stream if self._stream is not None else None
         self._pools: dict[int, tuple[PoolView, KVPool]] = {}
         self._copies: dict[tuple[int, int], PlannedCopy] = {}
+        self._numbers: npt.NDArray[np.int32] = np.zeros(0, np.int32)
         self._reserve(1)
 
     def prepare(self, source: PoolView, target: PoolView) -> None:
@@ -97,7 +99,7 @@ class DeviceCopier:
 
     def _reserve(self, count: int) -> None:
         """Have room for two page lists of `count` pages each."""
-        if hasattr(self, "_numbers") and 2 * count <= len(self._numbers):
+        if 2 * count <= len(self._numbers):
             return
         on_cuda = self._device.type == "cuda"
         self._host_lists = torch.zeros(2 * count, dtype=torch.int32, pin_memory=on_cuda)
