@@ -1,6 +1,6 @@
 # `make` lists what there is to do.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu soak figure2 table1 lint fmt bench-training bench-handoff bench-router bench-idle bench-serving bench-smoke clean
+.PHONY: help setup demo test test-slow test-gpu soak fuzz figure2 table1 lint fmt bench-training bench-handoff bench-router bench-idle bench-serving bench-smoke clean
 
 PYTHON := .venv/bin/python
 # Several processes of several OpenMP threads each stall one another on a small machine.
@@ -26,6 +26,9 @@ test-gpu: setup ## Run on this machine's GPU all that only a GPU can show, and w
 
 soak: setup ## Make 10,000 handoffs and 500 requests with faults: nothing may be wrong, leak or hang (about 5 minutes)
 	@$(PYTHON) test/soak/run.py
+
+fuzz: setup ## Send 10,000 requests that are wrong in all ways to real servers: no worker is lost, no other client harmed
+	@$(PYTHON) test/soak/fuzz_requests.py
 
 lint: setup ## Check style, format and types
 	@$(PYTHON) -m ruff check .

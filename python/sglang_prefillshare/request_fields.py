@@ -11,6 +11,7 @@ here have no such power, or SGLang's parser checks them. None means "not given" 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ MAX_LISTED_IDS: Final = 1024
 """Ids in `stop_token_ids`, `logit_bias` and `token_ids_logprob`: each costs every step of the batch that it is in."""
 
 MAX_TOP_LOGPROBS: Final = 1024
+MAX_BATCH: Final = 1024
+"""Prompts of one request. Each is a request of its own to two workers, and can be two bytes of a body."""
+
 _INT32: Final = 2**31 - 1
 _INT64: Final = 2**63 - 1
 
@@ -236,6 +240,25 @@ def not_for_clients(name: str, value: Any, limits: Limits) -> None:
     raise FieldError(f"{name} is set: workers use it between themselves. Leave it out.")
 
 
+def no_beam_search(name: str, value: Any, limits: Limits) -> None:
+    if value:
+        raise FieldError(
+            f"{name} is {value!r}: beam search is not supported with PrefillShare: use temperature and top_p."
+        )
+
+
+def watermark(name: str, value: Any, limits: Limits) -> None:
+    if not isinstance(value, Mapping):
+        raise _fail(name, value, "an object")
+
+
+def response_format(name: str, value: Any, limits: Limits) -> None:
+    """The schemas of an OpenAI request: a grammar is made of them, as of `json_schema`."""
+    if not isinstance(value, Mapping):
+        raise _fail(name, value, "an object")
+    grammar(name, json.dumps(value), limits)
+
+
 def only_zero(name: str, value: Any, limits: Limits) -> None:
     """A rank of data parallelism, which workers with a role have not."""
     integer(0, 0)(name, value, limits)
@@ -248,7 +271,7 @@ SAMPLING: Final[Mapping[str, Check]] = {
     "top_k": integer(-1, _INT32),
     "frequency_penalty": number(-2.0, 2.0),
     "presence_penalty": number(-2.0, 2.0),
-    "repetition_penalty": number(0.0, 2.0, above=True),
+    "repetition_penalty": number(0.01, 2.0),  # logits are divided by it: what rounds to 0 makes them NaN
     "logit_bias": logit_bias,
     "stop": texts(MAX_STOP_CHARS),
     "stop_token_ids": listed_ids,
@@ -269,7 +292,9 @@ SAMPLING_PARAMS: Final[Mapping[str, Check]] = {
     "min_new_tokens": token_count,
     "sampling_seed": integer(-_INT64 - 1, _INT64),
     "n": integer(1, 1),
-    "beam_width": not_for_clients,
+    "beam_width": no_beam_search,
+    "use_beam_search": no_beam_search,
+    "watermark": watermark,
     "structural_tag": grammar,
     "spaces_between_special_tokens": flag,
     "stream_interval": integer(1, _INT32),
@@ -305,6 +330,8 @@ GENERATE: Final[Mapping[str, Check]] = {
     "logprob_start_len": integer(-1, _INT32),
     "top_logprobs_num": top_logprobs,
     "token_ids_logprob": listed_ids,
+    "return_logprob": flag,
+    "return_sampling_mask": flag,
 }
 """At the top of `/generate`, for one prompt."""
 
@@ -316,6 +343,7 @@ OPENAI: Final[Mapping[str, Check]] = {
     "min_tokens": token_count,
     "seed": integer(-_INT64 - 1, _INT64),
     "top_logprobs": top_logprobs,
+    "response_format": response_format,
 }
 
 
@@ -333,6 +361,9 @@ def check_sampling_params(params: Any, limits: Limits) -> None:
         return
     if not isinstance(params, Mapping):
         raise _fail("sampling_params", params, "an object")
+    unknown = params.keys() - SAMPLING_PARAMS.keys()
+    if unknown:
+        raise _fail("a name in sampling_params", min(unknown), "one of SGLang's sampling parameters")
     check_fields(SAMPLING_PARAMS, params, limits, inside="sampling_params.")
     check_order(params, "min_new_tokens", "max_new_tokens", inside="sampling_params.")
 
@@ -343,13 +374,22 @@ def check_order(values: Mapping[str, Any], low: str, high: str, *, inside: str =
         raise FieldError(f"{inside}{low} is {values[low]}, over {inside}{high}, which is {values[high]}.")
 
 
+def check_batch(name: str, size: int) -> None:
+    if size > MAX_BATCH:
+        raise FieldError(f"{name} has {size} prompts, wanted at most {MAX_BATCH}. Send several requests.")
+
+
 def check_text(name: str, text: str, limits: Limits) -> None:
     """Refuse what cannot fit before anybody tokenizes it: no token is longer than the tokenizer's longest."""
     bound = limits.max_prompt_bytes
     if bound is None or len(text) * 4 <= bound:
         return
-    size = len(text.encode("utf-8", "surrogatepass"))
-    if size > bound:
+    check_text_bytes(name, len(text.encode("utf-8", "surrogatepass")), limits)
+
+
+def check_text_bytes(name: str, size: int, limits: Limits) -> None:
+    bound = limits.max_prompt_bytes
+    if bound is not None and size > bound:
         raise FieldError(
             f"{name} has {size} bytes, longer than the model's context length of {limits.context_length} tokens: they "
             f"hold {bound} bytes at most."

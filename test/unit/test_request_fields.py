@@ -34,7 +34,7 @@ GOOD: list[dict[str, Any]] = [
     {"regex": "[a-z]+", "json_schema": '{"type": "object"}', "n": 1, "ignore_eos": True, "skip_special_tokens": False},
     {"stop_regex": "x*", "custom_params": {"a": 1, "b": ["x", None, 0.5], "c": {"d": True}}},
     {"stop_regex": [r"\d{1,4}\.", "a|b"]},
-    {"temperature": None, "stop": None, "logit_bias": None, "unknown": {"a": [1]}},
+    {"temperature": None, "stop": None, "logit_bias": None},
 ]
 
 
@@ -63,7 +63,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"temperature": "1"}, "a number from 0"),
     ({"top_p": 0}, "a number above 0"),
     ({"min_p": 1.5}, "a number from 0 to 1"),
-    ({"repetition_penalty": 0}, "a number above 0"),
+    ({"repetition_penalty": 0}, "a number from 0.01 to 2"),
     ({"frequency_penalty": -3}, "a number from -2 to 2"),
     ({"max_new_tokens": -1}, "a whole number from 0"),
     ({"max_new_tokens": 2**63}, "a whole number from 0"),
@@ -71,6 +71,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"max_new_tokens": 4, "min_new_tokens": 5}, "over sampling_params.max_new_tokens"),
     ({"sampling_seed": 2**63}, "a whole number from"),
     ({"n": 2}, "a whole number from 1 to 1"),
+    ({"repetition_penalty": 1e-50}, "a number from 0.01 to 2"),
+    ({"unheard_of": 1}, "is 'unheard_of', wanted one of SGLang's"),
+    ({"use_beam_search": True}, "beam search is not supported"),
     ({"stop": ["x"] * 33}, "at most 32"),
     ({"stop": "x" * 2000}, "at most 1024"),
     ({"stop": [5]}, "a string, or a list of strings"),

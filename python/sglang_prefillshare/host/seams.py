@@ -99,7 +99,8 @@ HTTP: Final = (
     Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request", "http.routes:generate_request",
         "around", ("self", "obj", "request"),
-        why="a leg's token counts", changes=_NOTHING, retire_when="plugins see a request's meta information",
+        why="a leg's token counts; lists that fit no batch", changes=_NOTHING,
+        retire_when="plugins see a request's meta information, and SGLang checks its batches",
     ),
     Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._tokenize_texts", "http.requests:tokenize_texts",

@@ -21,11 +21,13 @@ from sglang_prefillshare.request_fields import (
     OPENAI,
     FieldError,
     Limits,
+    check_batch,
     check_depth,
     check_fields,
     check_order,
     check_sampling_params,
     check_text,
+    check_text_bytes,
     prompt_ids,
     top_logprobs,
 )
@@ -249,6 +251,8 @@ def _text_or_ids(prompt: Any, name: str, limits: Limits) -> tuple[tuple[bytes, .
     if not prompt:
         raise RequestError(400, f"{name} is empty.")
     first = prompt[0]
+    if isinstance(first, str | list):
+        check_batch(name, len(prompt))
     if isinstance(first, int) and name != "text":
         return (_ids_bytes(prompt, name, limits),), None
     if isinstance(first, str) and name != "input_ids":
@@ -285,6 +289,7 @@ def _chat_bytes(body: Mapping[str, Any], limits: Limits) -> bytes:
     if not messages:
         raise RequestError(400, "messages is empty.")
     pieces: list[bytes] = []
+    text_bytes = 0
     if body.get("tools"):
         # Templates write the tools ahead of the conversation.
         pieces.append(_json.dumps(body["tools"]) + b"\x1e")
@@ -294,13 +299,13 @@ def _chat_bytes(body: Mapping[str, Any], limits: Limits) -> bytes:
         # Clients send answers back with fields such as "refusal": null; a template does not see the difference.
         present = {key: message[key] for key in sorted(message) if message[key] is not None}
         content = present.get("content")
-        for text in _texts(content):
-            check_text(f"the content of messages[{i}]", text, limits)
+        text_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in _texts(content))
         if isinstance(content, str) and isinstance(present.get("role"), str) and len(present) == 2:
             piece = f"{present['role']}\x1f{content}\x1e".encode("utf-8", "surrogatepass")
         else:
             piece = _json.dumps(present) + b"\x1e"
         pieces.append(piece)
+    check_text_bytes("the content of messages", text_bytes, limits)
     return b"".join(pieces)
 
 

@@ -12,6 +12,7 @@ from sglang_prefillshare.identity.token_bytes import max_prompt_bytes
 from sglang_prefillshare.request_fields import (
     GENERATE,
     Limits,
+    check_batch,
     check_fields,
     check_sampling_params,
     check_text,
@@ -40,6 +41,30 @@ async def tokenize_texts(
 
 async def _awaited(answer: Awaitable[Any]) -> Any:
     return await answer
+
+
+def check_lists(obj: Any) -> None:
+    """Refuse a list that has not one value for each prompt: SGLang takes a batch apart before it validates anything,
+    and hands a single request's list on as it is. Raises `ValueError`, which SGLang turns into a 400."""
+    prompts = obj.text if obj.text is not None else obj.input_ids
+    is_batch = isinstance(prompts, list) and bool(prompts) and not isinstance(prompts[0], int)
+    batch_size = len(prompts) if is_batch else None
+    if batch_size is not None:
+        check_batch("the request", batch_size)
+    for name in _ONE_FOR_EACH_PROMPT:
+        value = getattr(obj, name, None)
+        if not isinstance(value, list) or (name == "token_ids_logprob" and not any(isinstance(v, list) for v in value)):
+            continue
+        if len(value) != batch_size:
+            wanted = "one" if batch_size is None else f"one, or {batch_size} of them"
+            raise ValueError(f"{name} lists {len(value)} values, wanted {wanted}.")
+
+
+_ONE_FOR_EACH_PROMPT: Final = (
+    *("sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob"),
+    *("return_sampling_mask", "sampling_logprobs_mode", "return_hidden_states", "custom_logit_processor", "watermark"),
+    *("bootstrap_host", "bootstrap_port", "bootstrap_room", "rid", "lora_path", "extra_key", "cache_salt"),
+)
 
 
 def validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:

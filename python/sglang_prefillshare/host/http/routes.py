@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from typing import Any, Final
 
 import sglang_prefillshare
-from sglang_prefillshare.host.http.requests import limits_of
+from sglang_prefillshare.host.http.requests import check_lists, limits_of
 from sglang_prefillshare.host.roles.prefill import REPORT_KEY
 from sglang_prefillshare.host.roles.role import SchedulerRole, role_of
 from sglang_prefillshare.protocol import (
@@ -137,12 +137,14 @@ async def _refuse(send: Any, reason: str) -> None:
 
 
 def generate_request(original: Callable[..., AsyncIterator[Any]], *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-    """Hook on the tokenizer manager: see each answer's meta information on its way out, and change nothing."""
-    return _observed(original(*args, **kwargs))
+    """Hook on the tokenizer manager: refuse lists that fit no batch, and see each answer's meta information on its way
+    out; change nothing."""
+    return _observed(original, *args, **kwargs)
 
 
-async def _observed(answers: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async with contextlib.aclosing(answers) as stream:  # type: ignore[type-var]
+async def _observed(original: Callable[..., AsyncIterator[Any]], *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+    check_lists(kwargs["obj"] if "obj" in kwargs else args[1])
+    async with contextlib.aclosing(original(*args, **kwargs)) as stream:  # type: ignore[type-var]
         async for answer in stream:
             _count(answer)
             yield answer

@@ -1,0 +1,325 @@
+"""Can one client's request end a worker, hold up others, or spoil an answer of theirs?
+
+Thousands of requests, well formed but for a few fields, of every endpoint, to the router and to the workers themselves,
+while another client asks the same question again and again. Afterwards every worker has the process it began with, all
+KV and all requests are gone from the pools, and the other client got the same right answer every time. An answer of 500
+counts as wrong too: whatever it was, it passed all doors. Exit status 1 if anything was wrong, lost or hung.
+
+    python test/soak/fuzz_requests.py --requests 10000
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import click
+import psutil
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from sglang_prefillshare.deployment import Deployment  # noqa: E402
+from sglang_prefillshare.request_fields import GENERATE, OPENAI, SAMPLING_PARAMS  # noqa: E402
+from test.support.models import make_base, make_decode_module, sample_prompt  # noqa: E402
+from test.support.servers import deploy, greedy, post, session, topology, until_idle  # noqa: E402
+
+AT_ONCE = 8
+HANG_S = 60.0
+CONTEXT = 512
+NO_KV_MOVES = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0}
+"""SGLang's own health checks say this: a worker answers alone. Whoever reaches a worker can say it too."""
+
+NUMBERS = (
+    *(0, 1, -1, 2, 3, 7, 100, 511, 512, 513, 99_999, 2**31 - 1, 2**31, -(2**31), 2**32, 2**53, 2**63 - 1, 2**63),
+    *(-(2**63) - 1, 2**64, 10**30, 0.0, 0.5, 1.0, 3.0, 3.5, -0.5, 1e-50, 1e-7, 1e38, 1e39, 1e308),
+    *(float("nan"), float("inf"), float("-inf")),
+)
+TEXTS = (
+    "",
+    "a",
+    "hello there",
+    "(a+)+$",
+    "x*",
+    "[",
+    "é" * 3,
+    "\ud800",
+    "\x00",
+    "0",
+    "2.2.2.2",
+    "{",
+    '{"type": "object"}',
+)
+plain = st.sampled_from(NUMBERS) | st.sampled_from(TEXTS) | st.booleans() | st.none() | st.text(max_size=12)
+names = st.sampled_from(("5", "511", "512", "-1", "a", "type", "json_schema", "__req__", "thinking_budget"))
+values = st.recursive(
+    plain, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(names, inner, max_size=3), max_leaves=8
+)
+likely: dict[str, st.SearchStrategy[Any]] = {
+    "temperature": st.floats(0, 2),
+    "top_p": st.floats(0.01, 1),
+    "top_k": st.integers(1, 600),
+    "stop_token_ids": st.lists(st.integers(0, 511), max_size=4),
+    "logit_bias": st.dictionaries(st.integers(0, 511).map(str), st.floats(-100, 100), max_size=3),
+    "min_new_tokens": st.integers(0, 8),
+    "frequency_penalty": st.floats(-2, 2),
+    "presence_penalty": st.floats(-2, 2),
+    "repetition_penalty": st.floats(0.01, 2),
+    "min_p": st.floats(0, 1),
+    "stop": st.sampled_from(("", "a", ["b", "cd"], [])),
+    "seed": st.integers(-(2**63), 2**63 - 1),
+    "sampling_seed": st.integers(-(2**63), 2**63 - 1),
+    "max_tokens": st.integers(1, 20),
+    "max_new_tokens": st.integers(0, 600),
+    "ignore_eos": st.booleans(),
+    "token_ids_logprob": st.lists(st.integers(0, 511), max_size=4),
+    "return_sampling_mask": st.booleans(),
+    "return_text_in_logprobs": st.booleans(),
+    "return_flat_raw_output_top_logprobs": st.booleans(),
+    "top_logprobs": st.integers(0, 20),
+    "priority": st.integers(-5, 5),
+    "rid": st.sampled_from(("a", "a_0", "", ["a", "b"])),
+    "response_format": st.sampled_from(({"type": "json_object"}, {"type": "structural_tag", "structures": []})),
+    "custom_params": st.dictionaries(names, plain, max_size=2),
+    "tools": st.just([{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]),
+    "tool_choice": st.sampled_from(("auto", "required", "none")),
+    "return_token_ids": st.booleans(),
+    "return_entropy": st.booleans(),
+    "stream_interval": st.integers(1, 5),
+    "watermark": st.just({"enabled": True, "key": "k"}),
+    "regex": st.sampled_from(("[a-z]{3}", "(a|b)*", "\\d+", "(?:", "a{1,9999}", "")),
+    "ebnf": st.sampled_from(('root ::= "a" | "b"', "root ::=", "root ::= root", "")),
+    "json_schema": st.sampled_from(('{"type": "object"}', '{"$ref": "#"}', '{"enum": []}', "{}", '{"type": 5}')),
+    "stop_regex": st.sampled_from(("x*", "a{1,3}b", "\\w+$", "(?=a)")),
+    "stream": st.booleans(),
+    "logprobs": st.integers(0, 5) | st.booleans(),
+    "top_logprobs_num": st.integers(0, 600),
+    "return_logprob": st.booleans(),
+}
+ids = st.lists(st.integers(0, 511) | st.sampled_from(NUMBERS), min_size=0, max_size=6)
+
+
+def fields_of(table_names: Iterable[str]) -> st.SearchStrategy[dict[str, Any]]:
+    """A few of the fields that workers read values of, as they like them, and seldom one of any with any value."""
+    named = sorted(table_names)
+    liked = [name for name in named if name in likely]
+    good = st.lists(st.sampled_from(liked), max_size=3, unique=True) if liked else st.just([])
+    fitting = good.flatmap(lambda chosen: st.fixed_dictionaries({name: likely[name] for name in chosen}))
+    wild = st.dictionaries(st.sampled_from(named), values, max_size=1)
+    return st.builds(lambda few, one: {**few, **one}, fitting, st.one_of(st.just({}), wild))
+
+
+def requests() -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
+    """Endpoint and body, over every field that SGLang's three endpoints have."""
+    from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
+    from sglang.srt.managers.io_struct import GenerateReqInput
+
+    own = {"model", "prompt", "messages", "input_ids", "text", "sampling_params", "max_tokens"}
+    of_generate = {f.name for f in dataclasses.fields(GenerateReqInput)} | GENERATE.keys()
+    sampling = fields_of(list(SAMPLING_PARAMS.keys() | {"unheard_of"})).map(lambda p: {"max_new_tokens": 4, **p})
+    right_ids = st.lists(st.integers(0, 511), min_size=1, max_size=40)
+    prompts = ids | st.lists(ids, max_size=3)
+    generate = st.builds(
+        lambda prompt, params, more: ("/generate", {**prompt, "sampling_params": params, **more}),
+        st.one_of(
+            st.just({"input_ids": [70, 71, 72]}),
+            right_ids.map(lambda p: {"input_ids": p}),
+            st.text(min_size=1, max_size=20).map(lambda t: {"text": t}),
+            st.one_of(prompts.map(lambda p: {"input_ids": p}), values.map(lambda t: {"text": t})),
+        ),
+        st.one_of(sampling, sampling, sampling, sampling, st.lists(sampling, max_size=3) | values),
+        fields_of(list(of_generate - own)),
+    )
+    chat = st.builds(
+        lambda messages, more: ("/v1/chat/completions", {"messages": messages, "max_tokens": 4, **more}),
+        st.one_of(*[st.just([{"role": "user", "content": "hello"}])] * 4, values),
+        fields_of(list((ChatCompletionRequest.model_fields.keys() | OPENAI.keys()) - (own - {"input_ids"}))),
+    )
+    completion = st.builds(
+        lambda prompt, more: ("/v1/completions", {"prompt": prompt, "max_tokens": 4, **more}),
+        st.one_of(st.just("hello there"), st.just(["a b", "c d"]), right_ids, prompts | values),
+        fields_of(list((CompletionRequest.model_fields.keys() | OPENAI.keys()) - own)),
+    )
+    return st.one_of(generate, chat, completion)
+
+
+@dataclass
+class Found:
+    """What happened. `wrong` lists what must not, with the request that did it."""
+
+    sent: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+    neighbour_answers: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def is_clean(self) -> bool:
+        return not self.wrong
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "requests": self.sent,
+            "statuses": dict(sorted(self.statuses.items())),
+            "right answers of the other client": self.neighbour_answers,
+            "wrong": self.wrong,
+        }
+
+
+def processes(deployment: Deployment) -> set[tuple[int, float]]:
+    """Every process of every worker, by number and start."""
+    found = set()
+    for worker in deployment.workers:
+        assert worker.pid is not None, f"{worker.name} is gone"
+        root = psutil.Process(worker.pid)
+        found |= {(process.pid, process.create_time()) for process in (root, *root.children(recursive=True))}
+    return found
+
+
+def run(count: int, folder: Path, *, seed_number: int = 1, limit_s: float = 3600.0) -> Found:
+    """Deploy tiny models and send `count` requests, or as many as `limit_s` allows."""
+    base = make_base(folder / "base", max_position_embeddings=CONTEXT)
+    modules = {"coder": make_decode_module(folder / "coder", base, seed=1)}
+    with deploy(topology(base, modules)) as deployment:
+        return fuzz(deployment, count, seed_number=seed_number, limit_s=limit_s)
+
+
+def fuzz(deployment: Deployment, count: int, *, seed_number: int = 1, limit_s: float = 3600.0) -> Found:
+    found = Found()
+    before = processes(deployment)
+    deadline = time.monotonic() + limit_s
+    doors = st.sampled_from(["router", "router", "router", "coder", "base"])
+    loop = asyncio.new_event_loop()
+
+    @seed(seed_number)
+    @settings(
+        max_examples=-(-count // AT_ONCE),
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.lists(st.tuples(doors, requests()), min_size=AT_ONCE, max_size=AT_ONCE))
+    def send_all(batch: list[tuple[str, tuple[str, dict[str, Any]]]]) -> None:
+        if found.sent >= count or time.monotonic() > deadline or len(found.wrong) > 20:
+            return
+        loop.run_until_complete(_send_batch(deployment, batch, found))
+
+    try:
+        with _neighbour(deployment, found):
+            send_all()
+        loop.run_until_complete(_settle(deployment, found))
+    finally:
+        loop.close()
+    if processes(deployment) != before:
+        found.wrong.append("a worker is not the process that it was")
+    return found
+
+
+async def _send_batch(deployment: Deployment, batch: list[Any], found: Found) -> None:
+    async with session() as client:
+        await asyncio.gather(*(_send(client, deployment, door, *request, found) for door, request in batch))
+
+
+async def _send(
+    client: aiohttp.ClientSession, deployment: Deployment, door: str, path: str, body: dict[str, Any], found: Found
+) -> None:
+    if door == "router":
+        url, body = deployment.router_url, {"model": "coder", **body}
+    else:
+        url, body = deployment.worker(door).url, {**body, **NO_KV_MOVES}
+    raw = json.dumps(body).encode()
+    told = f"{door} {path} {raw[:2000].decode()}"
+    found.sent += 1
+    try:
+        async with (
+            asyncio.timeout(HANG_S),
+            client.post(url + path, data=raw, headers={"content-type": "application/json"}) as response,
+        ):
+            answer = await response.read()
+    except TimeoutError:
+        found.wrong.append(f"no answer within {HANG_S:g} s: {told}")
+        return
+    except aiohttp.ClientError as error:
+        found.wrong.append(f"{error!r}: {told}")
+        return
+    found.statuses[f"{door} {response.status}"] += 1
+    if response.status >= 500 or (b"site-packages" in answer and door == "router"):
+        found.wrong.append(f"{response.status} {answer[:300]!r}: {told}")
+
+
+@contextmanager
+def _neighbour(deployment: Deployment, found: Found) -> Iterator[None]:
+    """Another client, with one question of its own: what it was told before is what it must be told throughout."""
+    body = greedy(sample_prompt(40, seed=11), 12, model="coder")
+    stop = threading.Event()
+
+    async def ask() -> None:
+        async with session() as client:
+            first: list[int] | None = None
+            while not stop.is_set():
+                answer = await post(client, f"{deployment.router_url}/generate", body)
+                if answer.status != 200 or (first is not None and answer.token_ids != first):
+                    found.wrong.append(f"the other client got {answer.status} {str(answer.body)[:300]}")
+                    return
+                if first is None:
+                    first = answer.token_ids
+                    ready.set()
+                found.neighbour_answers += 1
+                await asyncio.sleep(0.05)
+
+    ready = threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(ask()))
+    thread.start()
+    ready.wait(60.0)
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(120.0)
+        if thread.is_alive():
+            found.wrong.append("the other client waits for its answer")
+
+
+async def _settle(deployment: Deployment, found: Found) -> None:
+    async with session() as client:
+        try:
+            await until_idle(client, deployment.workers, timeout_s=90.0)
+        except (AssertionError, aiohttp.ClientError) as error:
+            found.wrong.append(f"not given back: {error}")
+
+
+@click.command(help=__doc__)
+@click.option("--requests", "count", default=10_000, show_default=True)
+@click.option("--seed", "seed_number", default=1, show_default=True)
+@click.option("--limit-s", default=3600.0, show_default=True, help="Stop sending after so many seconds.")
+@click.option("--out", default=ROOT / "out", type=click.Path(path_type=Path), show_default=False)
+def main(count: int, seed_number: int, limit_s: float, out: Path) -> None:
+    os.environ["TQDM_DISABLE"] = "1"  # Transformers' own bars
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        found = run(count, Path(folder), seed_number=seed_number, limit_s=limit_s)
+    summary = {**found.to_json(), "seed": seed_number, "seconds": round(time.monotonic() - started, 1)}
+    target = out / "soak" / "fuzz.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(summary, indent=2) + "\n")
+    click.echo(json.dumps(summary, indent=2))
+    sys.exit(0 if found.is_clean else 1)
+
+
+if __name__ == "__main__":
+    main()
