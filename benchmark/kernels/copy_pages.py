@@ -128,7 +128,8 @@ def main(sizes_mib: str, page_sizes: str, repeats: int, warmup: int, flush_mib: 
         "geometry": {"layers": LAYERS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": str(DTYPE)},
         "sglang_staging": pools.sglang_staging is not None,
     }
-    click.echo(f"{described['device']}, torch {described['torch']}, triton {described['triton']}")
+    versions = described["versions"]
+    click.echo(f"{described['device']['name']}, torch {versions['torch']}, triton {versions['triton']}")
     click.echo(f"reproduce: {described['command']}\n")
     click.echo("page  order       MiB  variant  median ms      p10      p90     GB/s  share  vs limit   host us")
     rows: list[Row] = []
