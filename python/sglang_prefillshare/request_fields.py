@@ -316,10 +316,11 @@ EVERYWHERE: Final[Mapping[str, Check]] = {
     "routed_dp_rank": only_zero,
     "disagg_prefill_dp_rank": only_zero,
     "max_thinking_tokens": token_count,
+    "received_time": number(0.0, 1e12),  # SGLang's OpenAI endpoints set it
     **dict.fromkeys(
         (
             *("decode_tp_size", "bootstrap_pair_key", "http_worker_ipc", "lora_id", "num_items_assigned"),
-            *("encoder_urls", "token_indices_to_pool", "multi_item_delimiter_indices", "received_time"),
+            *("encoder_urls", "token_indices_to_pool", "multi_item_delimiter_indices"),
         ),
         not_for_clients,
     ),

@@ -11,7 +11,13 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_prefillshare.host.http.requests import check_lists
 from sglang_prefillshare.host.http.routes import generate_request
-from sglang_prefillshare.request_fields import MAX_BATCH
+from sglang_prefillshare.request_fields import (
+    GENERATE,
+    MAX_BATCH,
+    NO_LIMITS,
+    check_fields,
+    check_sampling_params,
+)
 
 ONE = {"input_ids": [5, 6]}
 TWO = {"text": ["a", "b"]}
@@ -56,3 +62,12 @@ def test_other_lists_are_refused_before_sglang_sees_them(fields: dict[str, Any],
     with pytest.raises(ValueError, match=message.replace(".", r"\.")):
         asyncio.run(ask())
     assert not seen
+
+
+def test_what_sglangs_own_endpoints_set_passes() -> None:
+    """Between SGLang's OpenAI endpoints and our hook a request gets fields that no client sent."""
+    from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+
+    chat = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "x"}], max_tokens=4)
+    check_sampling_params(chat.to_sampling_params([], {}, None), NO_LIMITS)
+    check_fields(GENERATE, {"received_time": 1795752000.5, "routed_dp_rank": None}, NO_LIMITS)
