@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from prefillshare_kernels import rows
 from prefillshare_kernels.copy_pages import copy_pages
 from prefillshare_kernels.pool import KVPool
-from prefillshare_kernels.rows import LARGE, Paged, Staged, plan, tile
+from prefillshare_kernels.rows import LARGE, SMALL, Paged, Staged, Tuning, plan, tile
 
 CPU = torch.device("cpu")
 MANY = 1 << 16
@@ -56,18 +56,30 @@ def test_a_tile_is_one_program_of_whole_cache_lines(width_words: int, word_bytes
     assert columns // 2 < width_words
 
 
-def test_one_launch_covers_all_tokens_columns_and_buffers() -> None:
-    launch = plan(Paged(pool(), pages(3)), Paged(pool(page_size=1), pages(41)), tokens=41, head_count=8)
+@pytest.mark.parametrize(("tuning", "whole_rows", "split_rows"), [(LARGE, 6, 2 * 9), (SMALL, 21, 5 * 9)])
+def test_one_launch_covers_all_tokens_columns_and_buffers(tuning: Tuning, whole_rows: int, split_rows: int) -> None:
+    launch = plan(Paged(pool(), pages(3)), Paged(pool(page_size=1), pages(41)), tokens=41, head_count=8, tuning=tuning)
     assert launch is not None
-    assert launch.grid == (6, 2)
+    assert launch.grid == (whole_rows, 2)
     launch = plan(
         Paged(pool(row_bytes=1152, heads=1), pages(9)),
         Staged(torch.zeros(1 << 20, dtype=torch.uint8)),
         tokens=129,
         head_count=1,
+        tuning=tuning,
     )
     assert launch is not None
-    assert launch.grid == (2 * 9, 2)
+    assert launch.grid == (split_rows, 2)
+
+
+def test_a_small_copy_has_small_tiles_so_that_every_multiprocessor_has_some() -> None:
+    row_bytes = 2048
+    most = rows.SMALL_COPY_BYTES // (2 * row_bytes)
+    for tokens, tile_words in ((most, SMALL.words), (most + 1, LARGE.words)):
+        count = -(-tokens // 16)
+        launch = plan(Paged(pool(), pages(count)), Paged(pool(), pages(count)), tokens=tokens, head_count=8)
+        assert launch is not None
+        assert launch.constants["TOKENS"] * launch.constants["COLUMNS"] == tile_words
 
 
 @pytest.mark.parametrize(
