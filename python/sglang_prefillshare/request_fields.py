@@ -30,6 +30,8 @@ MAX_GRAMMAR_CHARS: Final = 262_144
 MAX_LISTED_IDS: Final = 1024
 """Ids in `stop_token_ids`, `logit_bias` and `token_ids_logprob`: each costs every step of the batch that it is in."""
 
+MAX_OWN_STOPS: Final = 64
+"""Ends of a turn that a model may have of its own, at most."""
 MAX_TOP_LOGPROBS: Final = 1024
 MAX_BATCH: Final = 1024
 """Prompts of one request. Each is a request of its own to two workers, and can be two bytes of a body."""
@@ -367,12 +369,23 @@ def check_sampling_params(params: Any, limits: Limits) -> None:
         raise _fail("a name in sampling_params", min(unknown), "one of SGLang's sampling parameters")
     check_fields(SAMPLING_PARAMS, params, limits, inside="sampling_params.")
     check_order(params, "min_new_tokens", "max_new_tokens", inside="sampling_params.")
+    check_stops(params, "min_new_tokens", limits, inside="sampling_params.")
 
 
 def check_order(values: Mapping[str, Any], low: str, high: str, *, inside: str = "") -> None:
     """Both whole numbers by now, or absent."""
     if values.get(low) and values.get(high) is not None and values[low] > values[high]:
         raise FieldError(f"{inside}{low} is {values[low]}, over {inside}{high}, which is {values[high]}.")
+
+
+def check_stops(values: Mapping[str, Any], minimum: str, limits: Limits, *, inside: str = "") -> None:
+    """Until `minimum` tokens are there, stop tokens are forbidden: some token must be left."""
+    stops = set(values.get("stop_token_ids") or ())
+    if values.get(minimum) and limits.vocab_size is not None and len(stops) + MAX_OWN_STOPS > limits.vocab_size:
+        raise FieldError(
+            f"{inside}stop_token_ids lists {len(stops)} of {limits.vocab_size} tokens, and {minimum} forbids them all "
+            "for a while: nothing is left to sample. Leave one of the two out."
+        )
 
 
 def check_batch(name: str, size: int) -> None:

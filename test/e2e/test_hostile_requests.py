@@ -62,6 +62,8 @@ HOSTILE: dict[str, tuple[str, dict[str, Any]]] = {
     "such an id in a chat": chat(input_ids=[5, 999999]),
     "a stop id beyond the vocabulary": sampled(stop_token_ids=[99999999], min_new_tokens=3),
     "the same in a chat": chat(stop_token_ids=[99999999], min_tokens=3),
+    "stop ids that leave no token": sampled(stop_token_ids=list(range(512)), min_new_tokens=3),
+    "such stop ids in a chat": chat(stop_token_ids=list(range(512)), min_tokens=3),
     "a bias beyond the vocabulary": sampled(logit_bias={"999999": 1.0}),
     "a bias that is no number": sampled(logit_bias={"5": "x"}),
     "log-probabilities beyond the vocabulary": generate(return_logprob=True, token_ids_logprob=[999999]),
@@ -118,6 +120,43 @@ def test_what_would_end_a_worker_is_refused_at_both_doors(deployment: Deployment
         return wrong
 
     assert asyncio.run(run()) == {}
+    assert processes(deployment) == before
+
+
+NO_TOKEN_LEFT: dict[str, tuple[str, dict[str, Any]]] = {
+    "an empty grammar": sampled(ebnf="root ::= root", temperature=0.8),
+    "the same, greedy": sampled(ebnf="root ::= root"),
+    "the same with top_p, which sorts": sampled(ebnf="root ::= root", temperature=0.8, top_p=0.9),
+    "the same in a completion": completion(ebnf="root ::= root", temperature=0.8),
+    "a grammar that ends before it may": sampled(regex="[a-z]{2}", min_new_tokens=8, max_new_tokens=12),
+    "the same in a chat": chat(regex="[a-z]{2}", min_tokens=8, max_tokens=12),
+}
+
+
+def test_a_grammar_that_leaves_no_token_ends_its_own_request_only(deployment: Deployment, oracle: Oracle) -> None:
+    """Its row of logits is -inf everywhere: sampling from it ends the process that all requests share."""
+    before = processes(deployment)
+    prompt = sample_prompt(60, seed=8150)
+    doors = [(deployment.router_url, {"model": "coder"})]
+    doors += [(deployment.worker("coder").url, {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0})]
+
+    async def run() -> list[Any]:
+        async with session() as client:
+            wrong = []
+            for url, more in doors:
+                body = greedy(prompt, 60, model="coder")
+                beside = asyncio.create_task(post(client, f"{deployment.router_url}/generate", body))
+                answers = await asyncio.gather(
+                    *(post(client, url + path, {**body, **more}) for path, body in NO_TOKEN_LEFT.values())
+                )
+                for name, answer in zip(NO_TOKEN_LEFT, answers, strict=True):
+                    if answer.status != 400 or "grammar" not in str(answer.body):
+                        wrong.append((name, url, answer))
+                oracle.check(prompt, (await beside).token_ids[:NEW_TOKENS], NEW_TOKENS)
+            await until_idle(client, deployment.workers)
+            return wrong
+
+    assert asyncio.run(run()) == []
     assert processes(deployment) == before
 
 

@@ -184,9 +184,11 @@ def processes(deployment: Deployment) -> set[tuple[int, float]]:
     """Every process of every worker, by number and start."""
     found = set()
     for worker in deployment.workers:
-        assert worker.pid is not None, f"{worker.name} is gone"
-        root = psutil.Process(worker.pid)
-        found |= {(process.pid, process.create_time()) for process in (root, *root.children(recursive=True))}
+        try:
+            root = psutil.Process(worker.pid)
+            found |= {(process.pid, process.create_time()) for process in (root, *root.children(recursive=True))}
+        except psutil.NoSuchProcess:
+            continue
     return found
 
 
@@ -215,9 +217,14 @@ def fuzz(deployment: Deployment, count: int, *, seed_number: int = 1, limit_s: f
     )
     @given(st.lists(st.tuples(doors, requests()), min_size=AT_ONCE, max_size=AT_ONCE))
     def send_all(batch: list[tuple[str, tuple[str, dict[str, Any]]]]) -> None:
+        nonlocal deadline
         if found.sent >= count or time.monotonic() > deadline or len(found.wrong) > 20:
             return
         loop.run_until_complete(_send_batch(deployment, batch, found))
+        if processes(deployment) != before:
+            tails = {worker.name: worker.tail(40) for worker in deployment.workers}
+            found.wrong.append(f"a worker is not the process that it was, after {batch}; they said {tails}")
+            deadline = 0.0
 
     try:
         with _neighbour(deployment, found):
@@ -225,8 +232,6 @@ def fuzz(deployment: Deployment, count: int, *, seed_number: int = 1, limit_s: f
         loop.run_until_complete(_settle(deployment, found))
     finally:
         loop.close()
-    if processes(deployment) != before:
-        found.wrong.append("a worker is not the process that it was")
     return found
 
 

@@ -69,6 +69,7 @@ _SCHEDULER: Final = "sglang.srt.managers.scheduler.Scheduler"
 _BATCH: Final = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _DECODE: Final = "sglang.srt.disaggregation.decode"
 _PREFILL: Final = "sglang.srt.disaggregation.prefill"
+_RESULTS: Final = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _NOT_A_FIELD: Final = "ServerArgs can be extended by a plugin"
 _NOTHING: Final = "nothing"
 _FIRST_TOKEN: Final = "SGLang can leave the first token to the decode side"
@@ -127,6 +128,23 @@ SCHEDULER: Final = (
         f"{_SCHEDULER}.get_init_info", "http.routes:get_init_info", "after", ("self",),
         why="the HTTP process must know the fingerprint and the pool's size", changes="its result: one key more",
         retire_when="schedulers can publish plugin data",
+    ),
+    Seam(
+        "sglang.srt.layers.sampler.Sampler.forward", "roles.grammar:sample", "around",
+        ("self", "logits_output", "sampling_info", "return_logprob", "top_logprobs_nums", "token_ids_logprobs",
+         "positions", "logprob_logits"),
+        why="a grammar that allows no token ends its request, not the worker", changes="logits of such a row: all 0",
+        retire_when="SGLang ends requests whose grammar allows no token",
+    ),
+    Seam(
+        f"{_RESULTS}._accept_grammar_tokens", "roles.grammar:accept_tokens", "around", ("self", "req", "tokens"),
+        why="what such a request gets is a 400 with the reason", changes="the request's to_finish",
+        retire_when="the same",
+    ),
+    Seam(
+        f"{_RESULTS}._apply_prefill_grammar", "roles.grammar:accept_first_token", "around",
+        ("self", "req", "next_token_id", "already_advanced"),
+        why="the same for its first token", changes="the same", retire_when="the same",
     ),
 )  # fmt: skip
 """The scheduler of either role. (Prefill's HTTP process asks for the bootstrap server's class, too.)"""
@@ -243,8 +261,8 @@ DECODE_SCHEDULER: Final = (
         changes="skip_radix_cache_insert; grammar and output_ids, during the call", retire_when=_FIRST_TOKEN,
     ),
     Seam(
-        "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
-        ".process_batch_result_prebuilt", "roles.decode:process_batch_result_prebuilt", "around", ("self", "batch"),
+        f"{_RESULTS}.process_batch_result_prebuilt", "roles.decode:process_batch_result_prebuilt", "around",
+        ("self", "batch"),
         why="nothing is streamed or finished before y1", changes="the batch's requests, during the call",
         retire_when=_FIRST_TOKEN,
     ),

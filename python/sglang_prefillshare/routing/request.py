@@ -26,6 +26,7 @@ from sglang_prefillshare.request_fields import (
     check_fields,
     check_order,
     check_sampling_params,
+    check_stops,
     check_text,
     check_text_bytes,
     prompt_ids,
@@ -326,6 +327,7 @@ def _check_fields(endpoint: Endpoint, body: Mapping[str, Any], batch_size: int |
         check_fields(OPENAI, body, limits)
         check_order(body, "min_tokens", "max_tokens")
         check_order(body, "min_tokens", "max_completion_tokens")
+        check_stops(body, "min_tokens", limits)
         if endpoint is Endpoint.COMPLETIONS and body.get("logprobs") is not None:
             top_logprobs("logprobs", body["logprobs"], limits)
         return

@@ -15,6 +15,7 @@ from typing import Any
 
 from sglang_prefillshare.errors import HandoffError
 from sglang_prefillshare.handoff.receipt import FIRST_SLOT, ROOM_MASK, Receipt
+from sglang_prefillshare.host.roles.grammar import blame_request
 from sglang_prefillshare.host.roles.role import (
     NO_BASE,
     attach_role,
@@ -194,6 +195,8 @@ def process_prebuilt(original: Callable[..., None], self: Any, future_map: Any) 
         _swapped(fresh, "output_ids", lambda req: array("q", [req.origin_input_ids[-1]])),
     ):
         original(self, future_map)
+    for req in self.reqs:
+        blame_request(req)
     for req in fresh:
         req.skip_radix_cache_insert = True  # contract 2
 

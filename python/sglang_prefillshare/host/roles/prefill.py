@@ -35,9 +35,11 @@ def init_disaggregation(original: Callable[..., None], self: Any) -> None:
 
 def create_generation_req(original: Callable[..., Any], self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
     """Cut the prompt to x1..x(n-1), drop all that only sampling needs, and key it by the base's identity."""
-    if is_fake_transfer(recv_req):
-        return original(self, recv_req, *args, **{**kwargs, "extra_key": NO_BASE})
     rid, text, input_ids, _sampling = args
+    if is_fake_transfer(recv_req):
+        return original(
+            self, recv_req, rid, text, input_ids, _neutral_sampling(self), **{**kwargs, "extra_key": NO_BASE}
+        )
     recv_req.return_logprob = False
     recv_req.logprob_start_len = -1
     recv_req.return_sampling_mask = False
@@ -71,7 +73,7 @@ def num_pages_to_send(original: Callable[..., int], self: Any, req: Any, decode_
 def _neutral_sampling(scheduler: Any) -> Any:
     from sglang.srt.sampling.sampling_params import SamplingParams
 
-    # The sampled token is thrown away: greedy is the cheapest. No stop conditions, penalties or grammar.
+    # What prefill samples is for nobody: greedy is the cheapest. No stop conditions, penalties or grammar.
     sampling = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
     sampling.normalize(scheduler.tokenizer)
     return sampling
