@@ -209,6 +209,24 @@ def test_two_requests_of_one_id_at_once_are_both_answered(deployment: Deployment
         assert answer.body["meta_info"]["id"] == "same"
 
 
+def test_requests_for_no_token_are_answered(deployment: Deployment) -> None:
+    """Of a prompt of one token there is no KV either: such a request ends holding nothing."""
+    before = processes(deployment)
+
+    async def run() -> None:
+        async with session() as client:
+            for prompt in ([70], [70, 71, 72]):
+                for stream in (False, True):
+                    body = greedy(prompt, 0, model="coder", stream=stream)
+                    async with client.post(f"{deployment.router_url}/generate", json=body) as response:
+                        assert response.status == 200, await response.text()
+                        assert b'"completion_tokens":0' in (await response.read()).replace(b" ", b"")
+            await until_idle(client, deployment.workers)
+
+    asyncio.run(run())
+    assert processes(deployment) == before
+
+
 def test_an_answer_that_is_aborted_is_an_error_and_not_a_shorter_one(deployment: Deployment) -> None:
     coder = deployment.worker("coder")
 

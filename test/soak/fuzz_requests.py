@@ -192,11 +192,13 @@ def processes(deployment: Deployment) -> set[tuple[int, float]]:
     return found
 
 
-def run(count: int, folder: Path, *, seed_number: int = 1, limit_s: float = 3600.0) -> Found:
+def run(
+    count: int, folder: Path, *, log_dir: Path | None = None, seed_number: int = 1, limit_s: float = 3600.0
+) -> Found:
     """Deploy tiny models and send `count` requests, or as many as `limit_s` allows."""
     base = make_base(folder / "base", max_position_embeddings=CONTEXT)
     modules = {"coder": make_decode_module(folder / "coder", base, seed=1)}
-    with deploy(topology(base, modules)) as deployment:
+    with deploy(topology(base, modules), log_dir) as deployment:
         return fuzz(deployment, count, seed_number=seed_number, limit_s=limit_s)
 
 
@@ -257,7 +259,7 @@ async def _send(
         ):
             answer = await response.read()
     except TimeoutError:
-        found.wrong.append(f"no answer within {HANG_S:g} s: {told}")
+        found.wrong.append(f"no answer within {HANG_S:g} s, at {time.strftime('%H:%M:%S')}: {told}")
         return
     except aiohttp.ClientError as error:
         found.wrong.append(f"{error!r}: {told}")
@@ -317,7 +319,7 @@ def main(count: int, seed_number: int, limit_s: float, out: Path) -> None:
     os.environ["TQDM_DISABLE"] = "1"  # Transformers' own bars
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        found = run(count, Path(folder), seed_number=seed_number, limit_s=limit_s)
+        found = run(count, Path(folder), log_dir=out / "soak" / "fuzz", seed_number=seed_number, limit_s=limit_s)
     summary = {**found.to_json(), "seed": seed_number, "seconds": round(time.monotonic() - started, 1)}
     target = out / "soak" / "fuzz.json"
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -42,8 +42,8 @@ def topology(
     )
 
 
-def deploy(described: Topology) -> Deployment:
-    return Deployment(described, options=DeploymentOptions(ready_timeout_s=240.0, grace=GRACE))
+def deploy(described: Topology, log_dir: Path | None = None) -> Deployment:
+    return Deployment(described, options=DeploymentOptions(ready_timeout_s=240.0, grace=GRACE, log_dir=log_dir))
 
 
 @contextmanager

@@ -261,6 +261,12 @@ DECODE_SCHEDULER: Final = (
         changes="skip_radix_cache_insert; grammar and output_ids, during the call", retire_when=_FIRST_TOKEN,
     ),
     Seam(
+        "sglang.srt.mem_cache.common.release_kv_cache", "roles.decode:release_kv_cache", "around",
+        ("req", "tree_cache", "checkpoint"),
+        why="a prompt of one token that ends before its first step", changes="its row: given back",
+        retire_when=_FIRST_TOKEN,
+    ),
+    Seam(
         f"{_RESULTS}.process_batch_result_prebuilt", "roles.decode:process_batch_result_prebuilt", "around",
         ("self", "batch"),
         why="nothing is streamed or finished before y1", changes="the batch's requests, during the call",

@@ -201,6 +201,20 @@ def process_prebuilt(original: Callable[..., None], self: Any, future_map: Any) 
         req.skip_radix_cache_insert = True  # contract 2
 
 
+def release_kv_cache(original: Callable[..., None], req: Any, tree_cache: Any, *, checkpoint: bool) -> None:
+    """Give back the row of a request of one token that ends before its first step: it holds no KV, only the row.
+
+    SGLang's asserts that a row without KV cannot be.
+    """
+    if not (req.kv.holds_kv and req.kv.is_kv_released):
+        original(req, tree_cache, checkpoint=checkpoint)
+        return
+    tree_cache.unlock(req.lock)
+    req.lock = None
+    tree_cache.on_release(req, checkpointed=False)
+    tree_cache.req_to_token_pool.free(req)
+
+
 def process_batch_result_prebuilt(original: Callable[..., None], self: Any, batch: Any) -> None:
     """Stream and finish only requests that have something to say: no empty first chunk, no stop check on nothing."""
     everyone = batch.reqs
