@@ -60,6 +60,8 @@ HOSTILE: dict[str, tuple[str, dict[str, Any]]] = {
     "such an id in a batch": generate(input_ids=[[5, 6], [5, 999999]]),
     "such an id in a completion": completion(prompt=[5, 999999]),
     "such an id in a chat": chat(input_ids=[5, 999999]),
+    "a prompt of no token": generate(input_ids=[]),
+    "a batch of one such prompt": generate(input_ids=[[]]),
     "a stop id beyond the vocabulary": sampled(stop_token_ids=[99999999], min_new_tokens=3),
     "the same in a chat": chat(stop_token_ids=[99999999], min_tokens=3),
     "stop ids that leave no token": sampled(stop_token_ids=list(range(512)), min_new_tokens=3),
@@ -105,9 +107,9 @@ def test_what_would_end_a_worker_is_refused_at_both_doors(deployment: Deployment
             for name, (path, body) in HOSTILE.items():
                 for url, fields in doors:
                     more = fields()
-                    batch = isinstance(body.get("input_ids", [0])[0], list)
+                    batch = any(isinstance(item, list) for item in body.get("input_ids", ()))
                     if batch and "bootstrap_room" in more:
-                        more = {key: [value, value] for key, value in more.items()}
+                        more = {key: [value] * len(body["input_ids"]) for key, value in more.items()}
                         more["bootstrap_room"] = [value + i for i, value in enumerate(more["bootstrap_room"])]
                     answer = await post(client, url + path, {**body, **more})
                     has_path = url == deployment.router_url and "/site-packages/" in str(answer.body)

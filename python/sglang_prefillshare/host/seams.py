@@ -280,6 +280,15 @@ DECODE_SCHEDULER: Final = (
 )  # fmt: skip
 """A decode worker's scheduler."""
 
+CPU_LAUNCH: Final = (
+    Seam(
+        f"{_ARGS}.check_server_args", "cpu.launch:check_server_args", "before", ("self",),
+        why="forked processes need not import SGLang again", changes="multiprocessing's start method: fork",
+        retire_when="SGLang forks where there is no accelerator",
+    ),
+)  # fmt: skip
+"""The process that is started on a host without an accelerator, for stock servers and roles alike."""
+
 CPU_SCHEDULER: Final = (
     Seam(
         f"{_SCHEDULER}.on_idle", "cpu.idle:on_idle", "around", ("self",),
@@ -340,6 +349,7 @@ BY_PROCESS: Final = {
     "a scheduler with a role": SCHEDULER,
     "a prefill worker's scheduler": PREFILL_SCHEDULER,
     "a decode worker's scheduler": DECODE_SCHEDULER,
+    "the process that is started on a host without an accelerator": CPU_LAUNCH,
     "any scheduler on a host without an accelerator": CPU_SCHEDULER,
 }
 ALL: Final = tuple(seam for group in BY_PROCESS.values() for seam in group)
@@ -350,11 +360,12 @@ def flag_seams() -> tuple[Seam, ...]:
 
 
 def platform_seams() -> tuple[Seam, ...]:
-    """The seams of the CPU platform, for stock servers and roles alike; none elsewhere. Schedulers only."""
+    """The seams of the CPU platform, for stock servers and roles alike; none elsewhere."""
     from sglang.srt.platforms import current_platform
 
-    is_ours = type(current_platform).__module__.startswith("sglang_prefillshare.")
-    return CPU_SCHEDULER if is_ours and _SCHEDULER.rpartition(".")[0] in sys.modules else ()
+    if not type(current_platform).__module__.startswith("sglang_prefillshare."):
+        return ()
+    return CPU_LAUNCH + (CPU_SCHEDULER if _SCHEDULER.rpartition(".")[0] in sys.modules else ())
 
 
 def role_seams(settings: RoleSettings) -> tuple[Seam, ...]:

@@ -73,17 +73,14 @@ def validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
     A prompt of one token needs nothing of the base: both sides see that for themselves, and wait for nobody.
     """
     limits = limits_of(self)
-    # Health checks too: whoever names their host could be anybody.
+    # Health checks, which move no KV, too: whoever names their host could be anybody.
     check_fields(GENERATE, {name: getattr(obj, name, None) for name in GENERATE}, limits)
     check_sampling_params(obj.sampling_params, limits)
-    if input_ids is not None:
-        prompt_ids("the prompt", input_ids, limits)
-    if is_fake_transfer(obj):
-        return
     if obj.input_embeds is not None:
         raise ValueError("input_embeds is not supported with PrefillShare: send text or input_ids.")
-    if not len(input_ids):
+    if not input_ids:
         raise ValueError("the prompt has no token. Send at least one.")
+    prompt_ids("the prompt", input_ids, limits)
     sampling = obj.sampling_params or {}
     if int(sampling.get("n") or 1) > 1:
         raise ValueError(
@@ -101,7 +98,7 @@ def validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
     for name, reason in _REFUSED_FIELDS.items():
         if getattr(obj, name, None):
             raise ValueError(f"{name} is not supported with PrefillShare: {reason}")
-    if needs_no_base_kv(input_ids):
+    if needs_no_base_kv(input_ids) and not is_fake_transfer(obj):
         obj.bootstrap_host = FAKE_BOOTSTRAP_HOST
 
 
