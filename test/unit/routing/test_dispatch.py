@@ -410,7 +410,7 @@ def test_the_end_of_prefill_and_what_decode_says_of_it_may_come_in_either_order(
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_failed_transfer_from_a_prefill_worker_that_lives_is_decodes_error(stream):
     async def scenario():
-        async with running_system(prefill=2, decode={"planner": 1}, drain_timeout_s=0.1) as system:
+        async with running_system(prefill=2, decode={"planner": 1}, drain_timeout_s=0.1, poll_timeout_s=5.0) as system:
             first, decode = system.prefill[0], system.decode["planner"][0]
             first.behave, decode.behave = "hang", "transfer_failed"
             answer = await system.chat(stream=stream)
