@@ -3,7 +3,9 @@
 Two KV pools with the geometry of Llama-3.1-8B on one GPU. The variants take turns in random order, each behind a write
 of --flush-mib that empties the L2 cache:
 
-    copy          ours, from pool to pool, one launch
+    copy          ours, from pool to pool, one launch, planned in each call
+    planned       the same, planned and compiled beforehand, as the handoff does
+    handoff       the handoff's whole copy: page lists from the host, launch, and the wait until it has run
     staged        ours, gather to a contiguous buffer and scatter from it, two launches
     torch         index_select and index_copy_, for each of the 64 buffers
     sglang        SGLang's own staging gather and scatter, where sglang can be imported
@@ -13,7 +15,8 @@ Every variant's answer is compared with plain indexing before it is timed. Times
 so they contain the waits for the host that a variant causes: SGLang's gather takes its page list from host memory and
 waits for its own stream, the others find theirs on the GPU. "host us" is the time until the call returns. "share" is
 the variant's bytes read and written per second, as a part of the limit's at the same size; "vs limit" is its time in
-copies at the limit. Writes every sample to --out. Needs a CUDA device.
+copies at the limit. Writes every sample to --out. Needs a CUDA device; with TRITON_INTERPRET=1 it runs on a CPU too,
+which shows that it runs and no more.
 
     python benchmark/kernels/copy_pages.py --repeats 50
 """
@@ -32,8 +35,10 @@ from typing import Any
 
 import click
 import torch
+import triton
 
 from prefillshare_kernels.copy_pages import copy_pages, copy_pages_moved_bytes
+from prefillshare_kernels.planned import PlannedCopy
 from prefillshare_kernels.pool import KVPool
 from prefillshare_kernels.reference import slots_of
 from prefillshare_kernels.staging import (
@@ -44,10 +49,12 @@ from prefillshare_kernels.staging import (
     staging_bytes,
 )
 from sglang_prefillshare.environment import describe_environment
+from sglang_prefillshare.handoff.device_copy import DeviceCopier
+from sglang_prefillshare.handoff.pool import PoolView
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYERS, KV_HEADS, HEAD_DIM, DTYPE = 32, 8, 128, torch.bfloat16
-TOKEN_BYTES = 2 * LAYERS * KV_HEADS * HEAD_DIM * DTYPE.itemsize
+KV_HEADS, HEAD_DIM, DTYPE = 8, 128, torch.bfloat16
+ROW_BYTES = KV_HEADS * HEAD_DIM * DTYPE.itemsize
 LIMIT = "limit"
 PACKAGES = ("sglang-prefillshare", "sglang", "torch", "triton")
 
@@ -90,9 +97,19 @@ class Pools:
     flush: torch.Tensor
     sglang_staging: Any | None
 
+    @property
+    def layers(self) -> int:
+        return len(self.source) // 2
+
+    @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        return len(self.source) * ROW_BYTES
+
 
 @click.command(help=__doc__)
 @click.option("--sizes-mib", default="1,4,16,64,256,1024", show_default=True, help="Bytes to copy, over all layers.")
+@click.option("--layers", default=32, show_default=True)
 @click.option("--page-sizes", default="1,16,64", show_default=True)
 @click.option(
     "--repeats",
@@ -110,33 +127,41 @@ class Pools:
     type=click.Path(path_type=Path),
     show_default="out/bench/kernels/copy_pages.json",
 )
-def main(sizes_mib: str, page_sizes: str, repeats: int, warmup: int, flush_mib: int, seed: int, out: Path) -> None:
-    if not torch.cuda.is_available():
-        click.echo("copy_pages.py measures GPU memory traffic: it needs a CUDA device, and torch finds none.", err=True)
+def main(
+    sizes_mib: str, layers: int, page_sizes: str, repeats: int, warmup: int, flush_mib: int, seed: int, out: Path
+) -> None:
+    has_gpu = torch.cuda.is_available()
+    if not has_gpu and not triton.knobs.runtime.interpret:
+        click.echo(
+            "copy_pages.py measures GPU memory traffic: it needs a CUDA device, and torch finds none. "
+            "TRITON_INTERPRET=1 shows on a CPU that it runs.",
+            err=True,
+        )
         sys.exit(2)
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
     draw = random.Random(seed)
     torch.manual_seed(seed)
-    sizes = [int(size) << 20 for size in sizes_mib.split(",")]
-    pools = make_pools(max(sizes), flush_mib << 20, device)
-    described = describe_environment(PACKAGES, device="cuda") | {
-        "capability": list(torch.cuda.get_device_capability(device)),
+    sizes = [int(float(size) * 2**20) for size in sizes_mib.split(",")]
+    pools = make_pools(layers, max(sizes), flush_mib << 20, device)
+    described = describe_environment(PACKAGES, device=device.type) | {
+        "capability": list(torch.cuda.get_device_capability(device)) if has_gpu else None,
         "seed": seed,
         "repeats": repeats,
         "warmup": warmup,
         "flush_mib": flush_mib,
-        "geometry": {"layers": LAYERS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": str(DTYPE)},
+        "geometry": {"layers": layers, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": str(DTYPE)},
         "sglang_staging": pools.sglang_staging is not None,
     }
     versions = described["versions"]
-    click.echo(f"{described['device']['name']}, torch {versions['torch']}, triton {versions['triton']}")
+    name = described["device"]["name"] if has_gpu else "no GPU, interpreted"
+    click.echo(f"{name}, torch {versions['torch']}, triton {versions['triton']}")
     click.echo(f"reproduce: {described['command']}\n")
     click.echo("page  order       MiB  variant  median ms      p10      p90     GB/s  share  vs limit   host us")
     rows: list[Row] = []
     for page_size in (int(number) for number in page_sizes.split(",")):
         for order in ("contiguous", "random"):
             for size in sizes:
-                tokens = size // TOKEN_BYTES
+                tokens = size // pools.token_bytes
                 if tokens == 0 or tokens % page_size:
                     continue  # not a whole page, and only ours copies parts of one
                 setting = measure(pools, page_size, order, tokens, repeats=repeats, warmup=warmup, draw=draw)
@@ -147,16 +172,16 @@ def main(sizes_mib: str, page_sizes: str, repeats: int, warmup: int, flush_mib: 
     click.echo(f"\nevery sample: {out}")
 
 
-def make_pools(largest_bytes: int, flush_bytes: int, device: torch.device) -> Pools:
+def make_pools(layers: int, largest_bytes: int, flush_bytes: int, device: torch.device) -> Pools:
     """Pools twice the largest copy, so that random pages are spread; the source holds random bits."""
-    slots = 2 * max(largest_bytes // TOKEN_BYTES, 64)
+    slots = 2 * max(largest_bytes // (2 * layers * ROW_BYTES), 64)
     shape = (slots, KV_HEADS, HEAD_DIM)
-    source = [torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, device=device) for _ in range(2 * LAYERS)]
-    target = [torch.zeros(shape, dtype=DTYPE, device=device) for _ in range(2 * LAYERS)]
+    source = [torch.randint(-(1 << 15), 1 << 15, shape, dtype=torch.int16, device=device) for _ in range(2 * layers)]
+    target = [torch.zeros(shape, dtype=DTYPE, device=device) for _ in range(2 * layers)]
     try:
         from sglang.srt.disaggregation.common.staging_buffer import StagingBuffer
 
-        sglang_staging = StagingBuffer(largest_bytes, str(device), device.index)
+        sglang_staging = StagingBuffer(largest_bytes, str(device), device.index) if device.type == "cuda" else None
     except ImportError as error:
         click.echo(f"without the variant sglang: {error}", err=True)
         sglang_staging = None
@@ -180,7 +205,7 @@ def measure(
         if variant.is_page_copy:
             check(variant, pools, page_size, tokens, source_pages, target_pages)
     rows = {
-        variant.name: Row(variant.name, page_size, order, tokens, tokens * TOKEN_BYTES, variant.moved_bytes)
+        variant.name: Row(variant.name, page_size, order, tokens, tokens * pools.token_bytes, variant.moved_bytes)
         for variant in variants
     }
     for repeat in range(warmup + repeats):
@@ -220,13 +245,21 @@ def variants_for(
         for src, dst in zip(pools.source, pools.target, strict=True):
             dst.index_copy_(0, written, src.index_select(0, read))
 
+    moved_bytes = copy_pages_moved_bytes(source, tokens=tokens)
+    paged = [pages_of(buffers, page_size) for buffers in (pools.source, pools.target)]
+    whole_pages = [KVPool.from_tensors(buffers, page_size=1) for buffers in paged]
+    planned = PlannedCopy(*whole_pages)
+    both_lists = torch.cat((source_pages, target_pages))
+    views = [PoolView.of_tensors(buffers) for buffers in paged]
+    on_host = [pages.cpu().numpy() for pages in (source_pages, target_pages)]
+    copier = DeviceCopier(pools.staging.device)
+    copier.prepare(*views)
+
     staged_bytes = gather_pages_moved_bytes(source, tokens=tokens) + scatter_pages_moved_bytes(target, tokens=tokens)
     variants = [
-        Variant(
-            "copy",
-            copy_pages_moved_bytes(source, tokens=tokens),
-            lambda: copy_pages(source, target, source_pages, target_pages),
-        ),
+        Variant("copy", moved_bytes, lambda: copy_pages(source, target, source_pages, target_pages)),
+        Variant("planned", moved_bytes, lambda: planned(both_lists, len(source_pages), stream=current_stream(pools))),
+        Variant("handoff", moved_bytes, lambda: copier(views[0], views[1], on_host[0], on_host[1])),
         Variant("staged", staged_bytes, staged),
         Variant("torch", 4 * payload, indexed),
         Variant(LIMIT, 2 * payload, lambda: back.copy_(front), is_page_copy=False),
@@ -234,6 +267,17 @@ def variants_for(
     if pools.sglang_staging is not None:
         variants.append(Variant("sglang", 4 * payload, sglang_staged(pools, page_size, source_pages, target_pages)))
     return variants
+
+
+def pages_of(buffers: list[torch.Tensor], page_size: int) -> list[torch.Tensor]:
+    """Each buffer as [pages, page's rows ...]; slots that fill no page are left out."""
+    count = buffers[0].shape[0] // page_size
+    return [buffer[: count * page_size].view(count, page_size * KV_HEADS, HEAD_DIM) for buffer in buffers]
+
+
+def current_stream(pools: Pools) -> int | None:
+    device = pools.staging.device
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
 
 
 def sglang_staged(
@@ -247,12 +291,18 @@ def sglang_staged(
 
     def run() -> None:
         gather_all_layers_to_staging(
-            pools.source[:LAYERS], pools.source[LAYERS:], source_list, pools.sglang_staging, 0, KV_HEADS, page_size
+            pools.source[: pools.layers],
+            pools.source[pools.layers :],
+            source_list,
+            pools.sglang_staging,
+            0,
+            KV_HEADS,
+            page_size,
         )
         scatter_staging_to_kv(
             pools.sglang_staging.buffer,
-            pools.target[:LAYERS],
-            pools.target[LAYERS:],
+            pools.target[: pools.layers],
+            pools.target[pools.layers :],
             onto,
             page_size,
             prefill_attn_tp_size=1,
@@ -290,6 +340,11 @@ def check(
 
 def sample(variant: Variant, flush: torch.Tensor) -> tuple[float, float]:
     """(milliseconds on the stream, microseconds of the call) of one run."""
+    if flush.device.type != "cuda":
+        called = time.perf_counter()
+        variant.run()
+        seconds = time.perf_counter() - called
+        return seconds * 1e3, seconds * 1e6
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     flush.zero_()
@@ -312,7 +367,7 @@ def show(setting: list[Row]) -> None:
         share = rate / (limit.moved_bytes / limit.median_ms)
         mib = row.payload_bytes / 2**20
         click.echo(
-            f"{row.page_size:4}  {row.order:10} {mib:4.0f}  {row.variant:7} {row.median_ms:10.4f} "
+            f"{row.page_size:4}  {row.order:10} {mib:4.4g}  {row.variant:7} {row.median_ms:10.4f} "
             f"{low:8.4f} {high:8.4f} {rate / 1e6:8.0f} {share:6.1%} {row.median_ms / limit.median_ms:8.2f}x "
             f"{statistics.median(row.host_us):9.0f}"
         )

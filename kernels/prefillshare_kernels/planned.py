@@ -27,6 +27,8 @@ class _Variant:
 
     tuning: Tuning
     launch: Launch
+    tokens_per_tile: int
+    column_blocks: int
     kernel: Any
     before: tuple[int, int]
     """Addresses of the tables."""
@@ -52,6 +54,7 @@ class PlannedCopy:
                 f"The source has {source.heads} heads, the target {target.heads}. Use copy_pages to copy some of them."
             )
         self.source, self.target = source, target
+        self._page_size = source.page_size
         self._page_bytes = source.page_size * sum(source.row_bytes)
         self._buffer_count = len(source.addresses)
         tunings = (SMALL, LARGE) if tuning is None else (tuning,)
@@ -66,14 +69,8 @@ class PlannedCopy:
         the current one's; the pools' device is the current device. Neither the lists nor `count` are checked here.
         """
         variant = self._only or self._variants[tuning_for(count * self._page_bytes)]
-        tokens, launch = count * self.source.page_size, variant.launch
-        grid = grid_of(
-            tokens,
-            self._buffer_count,
-            tokens_per_tile=launch.constants["TOKENS"],
-            column_blocks=launch.constants["COLUMN_BLOCKS"],
-            tuning=variant.tuning,
-        )
+        tokens, launch = count * self._page_size, variant.launch
+        grid = grid_of(tokens, self._buffer_count, variant.tokens_per_tile, variant.column_blocks, variant.tuning)
         if variant.kernel is not None:
             pages = lists.data_ptr()
             variant.kernel[(*grid, 1)](
@@ -100,7 +97,8 @@ class PlannedCopy:
         assert names == rows.copy_rows.arg_names[len(launch.arguments) :], "constants are in the kernel's order"
         before = (self.source.table.data_ptr(), self.target.table.data_ptr())
         after = (*launch.arguments[7:], *(launch.constants[name] for name in names))
-        return _Variant(tuning, launch, self._compiled(launch, before, after), before, after)
+        tile = launch.constants["TOKENS"], launch.constants["COLUMN_BLOCKS"]
+        return _Variant(tuning, launch, *tile, self._compiled(launch, before, after), before, after)
 
     def _compiled(self, launch: Launch, before: tuple[int, int], after: tuple[Any, ...]) -> Any:
         """The kernel, compiled, loaded and launched once without tokens; None for the ordinary launch.

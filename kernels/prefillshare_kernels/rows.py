@@ -242,7 +242,7 @@ def plan(
         tuning = tuning_for(tokens * head_count * sum(pool.head_bytes))
     token_tile, columns = tile(width_words, word_bytes, tuning.words)
     column_blocks = triton.cdiv(width_words, columns)
-    grid = grid_of(tokens, len(pool.addresses), tokens_per_tile=token_tile, column_blocks=column_blocks, tuning=tuning)
+    grid = grid_of(tokens, len(pool.addresses), token_tile, column_blocks, tuning)
     if grid[0] >= 1 << 31 or grid[1] >= 1 << 16 or tokens + _first(source) + _first(target) + token_tile >= 1 << 31:
         raise ValueError(
             f"{tokens} tokens of {len(pool.addresses)} buffers make a grid of {grid}, wanted below 2**31 tokens and "
@@ -284,7 +284,7 @@ def plan(
 
 
 def grid_of(
-    tokens: int, buffer_count: int, *, tokens_per_tile: int, column_blocks: int, tuning: Tuning
+    tokens: int, buffer_count: int, tokens_per_tile: int, column_blocks: int, tuning: Tuning
 ) -> tuple[int, int]:
     """The programs that copy `tokens` tokens of every buffer."""
     blocks = -(-tokens // tokens_per_tile) * column_blocks

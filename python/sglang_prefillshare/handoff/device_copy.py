@@ -54,20 +54,18 @@ class DeviceCopier:
             check_copy(source, target, source_pages, target_pages)
             if count == 0:
                 return
-        if (id(source), id(target)) not in self._copies:
+        copy = self._copies.get((id(source), id(target)))
+        if copy is None:
             self.prepare(source, target)
+            copy = self._copies[id(source), id(target)]
         if 2 * count > len(self._numbers):
             self._reserve(count)
         # The last copy has run, so that nothing reads the lists any more.
         self._numbers[:count] = source_pages
         self._numbers[count : 2 * count] = target_pages
-        # As unsigned numbers negative ones are the largest: one look at each list.
-        if (
-            np.maximum.reduce(self._unsigned[:count]) >= source.page_count
-            or np.maximum.reduce(self._unsigned[count : 2 * count]) >= target.page_count
-        ):
+        # As unsigned numbers negative ones are the largest: one look at both lists, a closer one where it is needed.
+        if np.maximum.reduce(self._unsigned[: 2 * count]) >= min(source.page_count, target.page_count):
             check_copy(source, target, source_pages, target_pages)
-        copy = self._copies[id(source), id(target)]
         if self._stream is None:
             copy(self._host_lists, count)
             return
