@@ -60,7 +60,7 @@ if [ "$stack" = cpu ]; then
         step "libraries of the torch that pip chose (several GB)" "${pip[@]}" "$(grep -o '^torch==[^ ]*' requirements/cpu.txt)"
     fi
 else
-    step "SGLang with its CUDA dependencies (about 6 minutes, 11 GB)" "${pip[@]}" -r requirements/cuda.txt
+    step "SGLang with its CUDA dependencies (about 6 minutes, 11 GB)" "${pip[@]}" --no-deps -r requirements/cuda.txt
     step "tools" "${pip[@]}" --no-deps -r requirements/dev.txt -r requirements/demo.txt -r requirements/train.txt -r requirements/eval.txt
 fi
 step "this package" "${pip[@]}" --no-deps --no-build-isolation --editable .

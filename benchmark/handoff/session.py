@@ -37,6 +37,7 @@ AGENTS: Final = ("planner", "coder", "reviewer", "critic")
 INCREMENT_TOKENS: Final = 64
 ANSWER_TOKENS: Final = 16
 FIRST_CONTEXT_TOKENS: Final = 800
+TOKEN_IDS: Final = (100, 40_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ async def measure(deployment: Deployment, increments: int, turns: int) -> tuple[
     rng = random.Random(11)
 
     def words(count: int) -> list[int]:
-        return [rng.randrange(100, 40_000) for _ in range(count)]
+        return [rng.randrange(*TOKEN_IDS) for _ in range(count)]
 
     async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300)) as client:
         context = words(FIRST_CONTEXT_TOKENS)
