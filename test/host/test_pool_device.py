@@ -23,9 +23,9 @@ from sglang.srt.server_args import ServerArgs  # noqa: E402
 from sglang_prefillshare.errors import HandoffError  # noqa: E402
 from sglang_prefillshare.handoff import cuda_memory, messages  # noqa: E402
 from sglang_prefillshare.host.roles import handshake  # noqa: E402
-from sglang_prefillshare.host.transfer import decode_end, manager, prefill_end  # noqa: E402
+from sglang_prefillshare.host.transfer import decode_end, manager  # noqa: E402
 from sglang_prefillshare.host.transfer.backend import create_manager  # noqa: E402
-from test.support.cuda_driver import MAPPED_AT, FakeDriver, handle_of  # noqa: E402
+from test.support.cuda_driver import MAPPED_AT, FakeDriver, handle_of, uuid_of  # noqa: E402
 
 K, V = 0x7F00_0000_0000, 0x7F00_1000_0000
 
@@ -46,7 +46,6 @@ def current(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> queue.Queue[
     monkeypatch.setattr(manager.PrefillShareKVManager, "_hear", lambda _self: heard.put(driver.current()))
     monkeypatch.setattr(decode_end.DecodeKVManager, "_copier", lambda _self: None)
     monkeypatch.setattr(decode_end.DecodeKVManager, "_start_heartbeat_checker_thread", lambda _self: None)
-    monkeypatch.setattr(prefill_end, "device_uuid", lambda device: f"GPU-{device}")
     monkeypatch.setattr(handshake, "role_of", lambda _scheduler: SimpleNamespace(fingerprint="base"))
     return heard
 
@@ -80,7 +79,7 @@ def test_a_pool_on_the_second_gpu_is_exported_mapped_and_unmapped_there(
     driver: FakeDriver, current: queue.Queue[int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offered = build(DisaggregationMode.PREFILL, torch.device("cuda", 1))._cuda_memory()
-    assert (offered.device_uuid, offered.handles) == ("GPU-1", (handle_of(K), handle_of(V)))
+    assert (offered.device_uuid, offered.handles) == (uuid_of(1), (handle_of(K), handle_of(V)))
     decode = build(DisaggregationMode.DECODE, torch.device("cuda", 1))
     pool = messages.Pool("x", 7, 1, 0, 8, 64, decode.geometry, offered)
     view = decode._map_cuda(pool)
