@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from sglang_prefillshare.errors import HandoffError
+from sglang_prefillshare.handoff.memory import CHOOSE_NIXL
 
-CHOOSE_NIXL: Final = "choose --disaggregation-transfer-backend nixl"
 CANNOT_EXPORT: Final = (
     "cannot export its KV pool over CUDA IPC: {error}. Unset expandable_segments in PYTORCH_ALLOC_CONF and "
     f"--enable-memory-saver, or {CHOOSE_NIXL}."
@@ -205,7 +205,7 @@ def device_uuid(device: int) -> str:
 
 
 def reachable_gpus(device: int) -> dict[str, bool]:
-    """Every GPU that this process sees, by UUID, and whether CUDA device `device` can read its memory: it, or a peer."""
+    """Of every GPU that this process sees, by UUID, whether CUDA device `device`, itself or its peer, can read it."""
     driver = _driver()
     _call(driver.cuInit, 0)
     own = _call(driver.cuDeviceGet, device)[0]
