@@ -60,6 +60,11 @@ and thus below the range from which the kernel serves connections."""
 ROUTER_READY_TIMEOUT_S: Final = 60.0
 """The router loads nothing. If it is not ready soon after the workers are, it has refused one of them and says why."""
 
+CANNOT_HAND_OVER: Final = "can hand no KV over: "
+"""How the last answer of a worker begins that will never be ready, whatever it is given: it has said why."""
+
+_ANSWER_BYTES: Final = 64 * 1024
+
 _HTTP, _BOOTSTRAP, _NCCL, _GUARD = 0, 1, 2, PORTS_PER_WORKER - 1
 _TAIL_LINES_IN_ERROR: Final = 20
 
@@ -361,6 +366,10 @@ class Deployment:
             for worker in waiting[: concurrency - len(loading)]:
                 self._launch(worker)
                 loading.append(worker)
+            for worker in loading:
+                if worker.last_answer.startswith(CANNOT_HAND_OVER):
+                    log = "" if worker.log_file is None else f" Its log is {worker.log_file}."
+                    raise WorkerError(f"{worker.name} {worker.last_answer}{log}")
             if late := [worker for worker in loading if worker.waited_s > timeout_s]:
                 raise _late_error(late, timeout_s)
             self._handle(self._next_event(timeout_s=min(1.0, timeout_s)))
@@ -472,9 +481,11 @@ class Deployment:
                     continue
                 began = max([began, *(other.ready_at or began for other in self.workers)])
                 timeout_s = min(timeout_s, ROUTER_READY_TIMEOUT_S)
-            if now - began > timeout_s:
+            is_unable = worker.last_answer.startswith(CANNOT_HAND_OVER)
+            if is_unable or now - began > timeout_s:
                 assert worker.process is not None
-                worker.late_because = f"not ready within {timeout_s:g} s (last: {worker.last_answer})"
+                late = f"not ready within {timeout_s:g} s (last: {worker.last_answer})"
+                worker.late_because = worker.last_answer if is_unable else late
                 self._set_state(worker, State.STOPPING)
                 worker.process.stop()
 
@@ -687,7 +698,7 @@ def probe(plan: WorkerPlan) -> str:
         try:
             connection.request("GET", path, headers=headers)
             response = connection.getresponse()
-            status, body = response.status, response.read(200).decode(errors="replace").strip()
+            status, body = response.status, response.read(_ANSWER_BYTES).decode(errors="replace").strip()
         except ConnectionRefusedError:
             return "no answer yet"
         except (OSError, http.client.HTTPException) as error:
@@ -695,8 +706,19 @@ def probe(plan: WorkerPlan) -> str:
         finally:
             connection.close()
         if status != 200:
-            return f"status {status} at {path}" + (f": {body}" if body else "")
+            return f"status {status} at {path}" + (f": {body[:200]}" if body else "")
+        if path == WORKER_INFO_PATH and (reason := _handoff_failure(body)) is not None:
+            return CANNOT_HAND_OVER + reason
     return "ready"
+
+
+def _handoff_failure(description: str) -> str | None:
+    try:
+        described = json.loads(description)
+    except ValueError:
+        return None
+    reason = described.get("handoff_failure") if isinstance(described, dict) else None
+    return None if reason is None else str(reason)
 
 
 def has_accelerator() -> bool:

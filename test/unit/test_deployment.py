@@ -329,6 +329,15 @@ def test_only_workers_that_are_not_ready_in_time_are_named(tmp_path: Path, mark:
     assert "base" not in str(caught.value)
 
 
+def test_a_worker_that_can_hand_nothing_over_is_not_waited_for(tmp_path: Path, mark: str) -> None:
+    topology = fake_topology(tmp_path, mark, coder={"args": {"fake": "cannot-hand-over"}})
+    with (
+        pytest.raises(WorkerError, match=r"coder can hand no KV over: its memory is closed; choose nixl"),
+        Deployment(topology, options=fake_options(ready_timeout_s=120.0)),
+    ):
+        pass
+
+
 def test_waiting_ends_when_a_stop_is_requested(tmp_path: Path, mark: str) -> None:
     with Deployment(fake_topology(tmp_path, mark), options=fake_options()) as deployment:
         deployment.request_stop()
@@ -422,6 +431,7 @@ def test_a_restart_that_fails_or_is_not_ready_in_time_counts_as_a_death(tmp_path
     for mode, reason in (
         ("dies-at-start", "ended before it was ready: exit status 3"),
         ("never-ready", "was ended: not ready within 5 s (last: status 503 at /prefill_share)"),
+        ("cannot-hand-over", "was ended: can hand no KV over: its memory is closed; choose nixl"),
     ):
         told, restored, spoilt = Restarts(), list[str](), tmp_path / mode
         topology = fake_topology(tmp_path, mark, coder={"args": {"fake-if": [str(spoilt), mode]}})
