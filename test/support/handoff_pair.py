@@ -21,7 +21,6 @@ import signal
 import socket
 import time
 import traceback
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -34,9 +33,19 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from sglang_prefillshare.identity.fingerprint import BaseIdentity
+from sglang_prefillshare.host.transfer.rig import (
+    HOST,
+    PoolShape,
+    backend_class,
+    become_scheduler,
+    make_manager,
+    make_metadata,
+    make_pool,
+    pages_of,
+    start_bootstrap_server,
+)
 from sglang_prefillshare.protocol import Role
-from sglang_prefillshare.settings import BACKEND_NAME, RoleSettings, current_settings, publish
+from sglang_prefillshare.settings import BACKEND_NAME
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +56,6 @@ T = TypeVar("T")
 METADATA_ROWS: Final = 512
 """Handoffs that one process can have in flight; SGLang ties the number to its running requests."""
 
-HOST: Final = "127.0.0.1"
 _PRELOADED: Final = [
     "numba.extending",
     "sglang.srt.disaggregation.decode",
@@ -61,27 +69,6 @@ START_TIMEOUT_S: Final = 90.0
 
 class WorkerError(RuntimeError):
     """A process of the pair could not do what it was told, or has ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class PoolShape:
-    """A KV pool: K and V of each layer, pages [0, page_count), of which SGLang never hands out page 0."""
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    page_count: int
-    page_size: int = 1
-    dtype: str = "bfloat16"
-    device: str = "cpu"
-
-    @property
-    def bytes_per_page(self) -> int:
-        """Over all layers, K and V."""
-        import torch
-
-        itemsize: int = getattr(torch, self.dtype).itemsize
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.page_size * itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,23 +452,29 @@ class _Worker:
     def __init__(self, connection: Connection, spec: Spec) -> None:
         self._connection = connection
         self.spec = spec
-        _become_scheduler(spec)
+        os.environ.update(spec.env)
+        become_scheduler(
+            spec.role,
+            backend=spec.backend,
+            page_size=spec.shape.page_size,
+            bootstrap_port=spec.bootstrap_port,
+            base=spec.base,
+            lease_timeout_s=spec.lease_timeout_s,
+        )
 
-        from sglang.srt.disaggregation.utils import MetadataBuffers, ReqToMetadataIdxAllocator
+        from sglang.srt.disaggregation.utils import ReqToMetadataIdxAllocator
 
         from sglang_prefillshare.host.cpu import idle
         from sglang_prefillshare.host.transfer import wakeup
 
         self._copy_ns = _time_copies(pause_s=spec.copy_pause_s)
-        self._pool = _make_pool(spec.shape)
-        self.buffers = _as_pages(self._pool, spec.shape)
-        self.metadata = MetadataBuffers(
-            METADATA_ROWS, hidden_size=16, hidden_states_dtype=self._pool.dtype, max_sampling_mask_tokens=1
-        )
+        self._pool = make_pool(spec.shape)
+        self.buffers = pages_of(self._pool, spec.shape)
+        self.metadata = make_metadata(self._pool, METADATA_ROWS)
         self.metadata_rows = ReqToMetadataIdxAllocator(METADATA_ROWS)
         if spec.role is Role.PREFILL:
-            self._bootstrap_server = _start_bootstrap_server(spec)
-        self.manager = _make_manager(spec, self._pool, self.metadata)
+            self._bootstrap_server = start_bootstrap_server(spec.backend, spec.bootstrap_port)
+        self.manager = make_manager(spec.role, spec.backend, spec.shape, self._pool, self.metadata)
         self._poll_ms = idle.PENDING_POLL_MS if spec.backend == BACKEND_NAME else idle.FOREIGN_POLL_MS
         self._drain = wakeup.drain
         self._poller = select.poll()
@@ -625,7 +618,7 @@ class _Sending(_Side):
     def __init__(self, worker: _Worker, handoff: Handoff) -> None:
         super().__init__(worker, handoff)
         self._chunks: deque[PageList] = deque()
-        sender = _backend_class(worker.spec.backend, "SENDER")
+        sender = backend_class(worker.spec.backend, "SENDER")
         address = f"{HOST}:{worker.spec.bootstrap_port}"
         self._end_point = sender(mgr=worker.manager, bootstrap_addr=address, bootstrap_room=handoff.room)
 
@@ -654,7 +647,7 @@ class _Receiving(_Side):
         if (refusal := _why_unreachable(worker.manager, bootstrap_addr)) is not None:
             self._end(refusal, time.monotonic_ns())
             return
-        receiver = _backend_class(worker.spec.backend, "RECEIVER")
+        receiver = backend_class(worker.spec.backend, "RECEIVER")
         self._end_point = receiver(mgr=worker.manager, bootstrap_addr=bootstrap_addr, bootstrap_room=handoff.room)
         self._end_point.init(0)
 
@@ -669,119 +662,6 @@ class _Receiving(_Side):
     def _check_metadata(self) -> str | None:
         found = int(self._worker.metadata.bootstrap_room[self._metadata_row, 0].item())
         return None if found == self.room else f"the metadata row is of room {found}, wanted {self.room}"
-
-
-def _become_scheduler(spec: Spec) -> None:
-    """Load our plugin with a role and publish SGLang's configuration, in the order of a scheduler process."""
-    os.environ.update(spec.env)
-    identity = BaseIdentity(weights=spec.base, config="", tokenizer="", chat_template="")
-    publish(
-        RoleSettings(
-            spec.role,
-            spec.base,
-            identity,
-            trained=True,
-            transfer_backend=spec.backend,
-            lease_timeout_s=spec.lease_timeout_s,
-        )
-    )
-
-    warnings.filterwarnings("ignore", category=UserWarning, module="sglang")  # of the kernels that a CPU does without
-
-    # As in a scheduler's process, it is there before the plugins come: they hook what is loaded.
-    import sglang.srt.disaggregation.common.conn  # noqa: F401
-    import torch
-    from sglang.srt import runtime_context
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import ServerArgs
-
-    torch.set_num_threads(1)
-    load_plugins()
-
-    args = ServerArgs(
-        model_path="dummy",  # SGLang's own name for "no model": nothing is read for it
-        host=HOST,
-        page_size=spec.shape.page_size,
-        disaggregation_mode=spec.role.value,
-        disaggregation_transfer_backend=spec.backend,
-        disaggregation_bootstrap_port=spec.bootstrap_port,
-    )
-    ranks = runtime_context.SpawnRanks(world_rank=0, gpu_id=0)
-    runtime_context.publish(args, role="scheduler", ranks=ranks)
-    # Used between pipeline stages only, and would need torch.distributed.
-    runtime_context.get_parallel().override_permanently(pp_group=None)
-
-
-def _backend_class(backend: str, kind: str) -> Any:
-    from sglang.srt.disaggregation.utils import KVClassType, TransferBackend, get_kv_class
-
-    return get_kv_class(TransferBackend(backend), KVClassType[kind])
-
-
-def _make_pool(shape: PoolShape) -> Any:
-    """SGLang's pool of the platform's choice: on prefill, with our backend, the one in shared memory."""
-    import torch
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-    from sglang.srt.platforms import current_platform
-
-    pool_class = current_platform.get_kv_pool_cls(kind="mha") or MHATokenToKVPool
-    return pool_class(
-        size=(shape.page_count - 1) * shape.page_size,
-        page_size=shape.page_size,
-        dtype=getattr(torch, shape.dtype),
-        head_num=shape.kv_heads,
-        head_dim=shape.head_dim,
-        layer_num=shape.layers,
-        device=shape.device,
-        enable_memory_saver=False,
-    )
-
-
-def _as_pages(pool: Any, shape: PoolShape) -> list[torch.Tensor]:
-    import torch
-
-    return [buffer.view(torch.uint8).view(shape.page_count, -1) for buffer in (*pool.k_buffer, *pool.v_buffer)]
-
-
-def _start_bootstrap_server(spec: Spec) -> Any:
-    server = _backend_class(spec.backend, "BOOTSTRAP_SERVER")(host=HOST, port=spec.bootstrap_port)
-    deadline = time.monotonic() + 10.0
-    while True:
-        with suppress(OSError):
-            socket.create_connection((HOST, spec.bootstrap_port), timeout=1.0).close()
-            return server
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"SGLang's bootstrap server does not listen on port {spec.bootstrap_port}")
-        time.sleep(0.01)
-
-
-def _make_manager(spec: Spec, pool: Any, metadata: Any) -> Any:
-    """What `_init_kv_manager` of SGLang's prefill and decode queues does, and our `handshake.init_kv_manager`."""
-    from sglang.srt.disaggregation.utils import DisaggregationMode, setup_state_kv_args
-    from sglang.srt.runtime_context import get_server_args
-
-    from sglang_prefillshare.host.roles import handshake
-    from sglang_prefillshare.host.transfer import pool_device
-
-    shape = spec.shape
-    settings = current_settings()
-    assert settings is not None
-    args = _backend_class(spec.backend, "KVARGS")()
-    args.engine_rank = args.pp_rank = args.gpu_id = 0
-    args.system_dp_rank = args.rust_http_port = args.ib_device = None
-    args.kv_cache_dtype_str = shape.dtype
-    args.kv_layout = handshake.LAYOUT_PREFIX + settings.identity.runtime_fingerprint(shape.dtype)
-    args.kv_data_ptrs, args.kv_data_lens, args.kv_item_lens = pool.get_contiguous_buf_infos()
-    args.kv_data_mem_kinds = ["DRAM" if shape.device == "cpu" else "VRAM"] * len(args.kv_data_ptrs)
-    args.kv_layer_ids = []
-    args.kv_head_num = args.total_kv_head_num = shape.kv_heads
-    args.page_size = shape.page_size
-    args.prefill_start_layer, args.prefill_end_layer = pool.start_layer, pool.end_layer
-    args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens = metadata.get_buf_infos()
-    setup_state_kv_args(args, pool, None, shape.layers)
-    manager_class = _backend_class(spec.backend, "MANAGER")
-    with pool_device.stated_by(pool):
-        return manager_class(args, DisaggregationMode(spec.role.value), get_server_args(), False)
 
 
 def _why_unreachable(manager: Any, bootstrap_addr: str) -> str | None:
