@@ -19,17 +19,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self, TextIO
 
 from sglang_prefillshare.config import ArgValue, DecodeModule, Topology, WorkerSettings, flags_of
-from sglang_prefillshare.errors import ConfigError, WorkerError
+from sglang_prefillshare.errors import ConfigError, HandoffError, WorkerError
+from sglang_prefillshare.handoff import proof
 from sglang_prefillshare.process import ExitStatus, StopGrace, SupervisedProcess, describe_exit
 from sglang_prefillshare.protocol import WORKER_INFO_PATH, Role
 from sglang_prefillshare.restarts import Restart, RestartPolicy
+from sglang_prefillshare.settings import BACKEND_NAME
 
 WORKER_COMMAND: Final = (sys.executable, "-m", "sglang.launch_server")
 ROUTER_COMMAND: Final = (sys.executable, "-m", "sglang_prefillshare.cli", "route")
@@ -64,6 +66,8 @@ CANNOT_HAND_OVER: Final = "can hand no KV over: "
 """How the last answer of a worker begins that will never be ready, whatever it is given: it has said why."""
 
 _ANSWER_BYTES: Final = 64 * 1024
+_GPUS: Final = "CUDA_VISIBLE_DEVICES"
+_BACKEND: Final = "disaggregation-transfer-backend"
 
 _HTTP, _BOOTSTRAP, _NCCL, _GUARD = 0, 1, 2, PORTS_PER_WORKER - 1
 _TAIL_LINES_IN_ERROR: Final = 20
@@ -286,13 +290,14 @@ class Deployment:
 
     def _plan(self) -> tuple[list[WorkerPlan], WorkerPlan | None]:
         """What to run; without a router if a subclass says so."""
-        return plan_topology(
+        plans, router = plan_topology(
             self._topology,
             ports=self._ports,
             options=self._options,
             is_cpu_host=not has_accelerator(),
             environ=os.environ,
         )
+        return (choose_backend(plans) if has_accelerator() else plans), router
 
     def wait(self, *, on_restored: Callable[[], None] | None = None) -> None:
         """Serve until a stop is requested (`StopRequestedError`) or what died is not restarted (`WorkerError`).
@@ -537,6 +542,44 @@ def plan_topology(
     return plans, plan_router(topology, plans, ports=ports, options=options, environ=environ)
 
 
+def choose_backend(plans: Sequence[WorkerPlan]) -> list[WorkerPlan]:
+    """The plans, with NIXL for all of them where GPUs that they are dealt cannot read from each other.
+
+    That is tried, with two short processes that see what such workers would see; a worker alone cannot know it before
+    it meets another. Raises `ConfigError` where the topology asks for our own backend all the same.
+    """
+    named = {plan.name: _backend_of(plan) for plan in plans if plan.role is not None}
+    if "nixl" in named.values():
+        return list(plans)
+    gpus = {
+        (prefill.env.get(_GPUS, ""), decode.env.get(_GPUS, "")): (prefill, decode)
+        for prefill in plans
+        for decode in plans
+        if (prefill.role, decode.role) == (Role.PREFILL, Role.DECODE)
+    }
+    for (ours, theirs), (prefill, decode) in gpus.items():
+        if not ours or not theirs or ours == theirs:
+            continue  # on one GPU each worker finds out by itself
+        try:
+            proof.prove_between(prefill.env, decode.env)
+        except proof.UntriedError as error:
+            print(f"prefillshare: from GPU {ours} to GPU {theirs} no handoff was tried: {error}", file=sys.stderr)
+        except HandoffError as error:
+            reason = f"GPU {theirs} of {decode.name} cannot take KV over from GPU {ours} of {prefill.name}: {error}"
+            if BACKEND_NAME in named.values():
+                raise ConfigError(f"{reason} The topology asks for {BACKEND_NAME}.") from error
+            print(f"prefillshare: {reason} All workers use nixl.", file=sys.stderr)
+            nixl = flags_of({_BACKEND: "nixl"})
+            return [plan if plan.role is None else replace(plan, command=(*plan.command, *nixl)) for plan in plans]
+    return list(plans)
+
+
+def _backend_of(plan: WorkerPlan) -> str | None:
+    """The transfer backend that its command names."""
+    command = list(plan.command)
+    return command[command.index(f"--{_BACKEND}") + 1] if f"--{_BACKEND}" in command else None
+
+
 def plan_worker(
     topology: Topology,
     settings: WorkerSettings,
@@ -630,7 +673,7 @@ def _worker_env(
         CPU_ENV if is_cpu else {},
         environ,
         {"PYTHONUNBUFFERED": "1"},
-        {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {},
+        {_GPUS: ",".join(map(str, gpus))} if gpus else {},
         topology.env,
         settings.env,
     ]

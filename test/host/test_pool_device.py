@@ -6,7 +6,6 @@ import ctypes
 import queue
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,7 +36,7 @@ from sglang_prefillshare.host.transfer.backend import create_manager  # noqa: E4
 from sglang_prefillshare.identity.fingerprint import BaseIdentity  # noqa: E402
 from sglang_prefillshare.protocol import Role  # noqa: E402
 from sglang_prefillshare.settings import BACKEND_NAME, RoleSettings  # noqa: E402
-from test.support.cuda_driver import MAPPED_AT, CUresult, FakeDriver, handle_of, uuid_of  # noqa: E402
+from test.support.cuda_driver import MAPPED_AT, CUresult, FakeDriver, PeerInAThread, handle_of, uuid_of  # noqa: E402
 
 K, V = 0x7F00_0000_0000, 0x7F00_1000_0000
 
@@ -143,18 +142,6 @@ def proving(driver: FakeDriver, current: queue.Queue[int | None], monkeypatch: p
 
         self._device_copier = SimpleNamespace(forget=lambda _view: None)
         return copy
-
-    class PeerInAThread(proof.Peer):
-        def __init__(self) -> None:
-            self._kept: Any = None
-
-        def _exchange(self, question: Any) -> Any:
-            with ThreadPoolExecutor(1) as thread:
-                answer, self._kept = thread.submit(proof.serve, question).result()
-            return answer
-
-        def __exit__(self, *_: object) -> None:
-            self._kept = None
 
     monkeypatch.setattr(decode_end.DecodeKVManager, "_copier", copier)
     monkeypatch.setattr(proof, "Peer", PeerInAThread)

@@ -12,7 +12,10 @@ import enum
 import threading
 import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
+
+from sglang_prefillshare.handoff import proof
 
 HANDLE_BYTES: Final = 64
 MAPPED_AT: Final = 1 << 40
@@ -245,3 +248,18 @@ class FakeDriver:
                 if base + shift <= address and address + size <= base + shift + length:
                     return address - shift
         return None
+
+
+class PeerInAThread(proof.Peer):
+    """The process that a handoff is tried with, as a thread of this one: it has the stand-in's GPUs, too."""
+
+    def __init__(self, *, env: Mapping[str, str] | None = None) -> None:
+        self._kept: Any = None
+
+    def _exchange(self, question: proof.Question) -> proof.Answer:
+        with ThreadPoolExecutor(1) as thread:
+            answer, self._kept = thread.submit(proof.serve, question).result()
+        return answer
+
+    def __exit__(self, *_: object) -> None:
+        self._kept = None

@@ -30,13 +30,16 @@ from sglang_prefillshare.deployment import (
     StopRequestedError,
     Worker,
     WorkerPlan,
+    choose_backend,
     plan_topology,
     ready_file,
 )
 from sglang_prefillshare.errors import ConfigError, WorkerError
+from sglang_prefillshare.handoff import cuda_memory, proof
 from sglang_prefillshare.process import ExitStatus, StopGrace, describe_exit
 from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.restarts import Restart, RestartPolicy
+from test.support.cuda_driver import FakeDriver, PeerInAThread
 from test.unit.deploying import fake_options, fake_topology, marked, new_mark, nothing_left, topology_data, wait_until
 
 
@@ -155,6 +158,55 @@ def test_gpus_are_dealt_out_over_the_workers(tmp_path: Path) -> None:
     data = topology_data(tmp_path, "", base={"workers": 2, "gpus": [0, 1, 2, 3]}, coder={"workers": 3, "gpus": [4, 5]})
     workers, _ = plan(data, tmp_path)
     assert [worker.env["CUDA_VISIBLE_DEVICES"] for worker in workers] == ["0,1", "2,3", "4", "5", "4"]
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    """One GPU, which each of the two trying processes takes for its first."""
+    driver = FakeDriver({0: []})
+    monkeypatch.setattr(cuda_memory, "_driver", lambda: driver)
+    monkeypatch.setattr(proof, "Peer", PeerInAThread)
+    return driver
+
+
+def test_workers_on_gpus_that_cannot_read_from_each_other_use_nixl_and_up_says_so(
+    tmp_path: Path, driver: FakeDriver, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = topology_data(tmp_path, "", base={"gpus": [0]}, coder={"gpus": [1]})
+    workers, _ = plan(data, tmp_path)
+    assert choose_backend(workers) == workers and driver.exported and driver.mapped
+    driver.has_ipc = False
+    chosen = choose_backend(workers)
+    assert {flag(worker, "--disaggregation-transfer-backend") for worker in chosen} == {"nixl"}
+    told = capsys.readouterr().err
+    assert "GPU 1 of coder cannot take KV over from GPU 0 of base: " in told and told.endswith(
+        "All workers use nixl.\n"
+    )
+    driver.is_full = True
+    assert choose_backend(workers) == workers
+    assert "no handoff was tried" in capsys.readouterr().err
+
+
+def test_a_backend_that_the_topology_names_is_kept_or_refused_before_anything_starts(
+    tmp_path: Path, driver: FakeDriver
+) -> None:
+    driver.has_ipc = False
+    for backend in ("nixl", "prefillshare"):
+        args = {"disaggregation-transfer-backend": backend}
+        data = topology_data(tmp_path, "", base={"gpus": [0], "args": args}, coder={"gpus": [1], "args": args})
+        workers, _ = plan(data, tmp_path)
+        if backend == "nixl":
+            assert choose_backend(workers) == workers
+            continue
+        with pytest.raises(ConfigError, match=r"offers no CUDA IPC.*The topology asks for prefillshare"):
+            choose_backend(workers)
+
+
+def test_workers_on_one_gpu_or_on_none_are_not_tried_in_pairs(tmp_path: Path, driver: FakeDriver) -> None:
+    driver.has_ipc = False
+    for gpus in ({"gpus": [0]}, {}):
+        workers, _ = plan(topology_data(tmp_path, "", base=gpus, coder=gpus), tmp_path)
+        assert choose_backend(workers) == workers
 
 
 def test_a_block_with_a_taken_port_is_passed_over() -> None:

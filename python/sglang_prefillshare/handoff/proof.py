@@ -19,7 +19,7 @@ import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import IO, Any, Final
@@ -48,6 +48,7 @@ PEER_TIMEOUT_S: Final = 30.0
 """A peer starts and answers in a fraction of a second; many that start at once on few cores take longer."""
 
 _LENGTH_BYTES: Final = 8
+_PAGE_BYTES: Final = 4096
 
 
 class UntriedError(HandoffError):
@@ -141,6 +142,21 @@ def prove_pulling(
         write_page(pool, PROOF_PAGE, kept, device=device)
 
 
+def prove_between(lender: Mapping[str, str], reader: Mapping[str, str]) -> None:
+    """Hand a page over between the first GPUs that processes with these environments see.
+
+    Raises `HandoffError` if a decode worker started as `reader` could not read from a prefill worker started as
+    `lender`.
+    """
+    geometry = KVGeometry(page_size=1, kv_dtype="uint8", page_bytes=(_PAGE_BYTES, _PAGE_BYTES))
+    with Peer(env=lender) as prefill, Peer(env=reader) as decode:
+        lent = prefill.ask(Lend(geometry, 0))
+        assert isinstance(lent, Lent)
+        answer = decode.ask(Read(lent.pool, 0, 0))
+        assert isinstance(answer, Content)
+        _compare(answer.content, lent.content)
+
+
 def _compare(found: bytes, wanted: bytes) -> None:
     if found == wanted:
         return
@@ -154,12 +170,13 @@ def _compare(found: bytes, wanted: bytes) -> None:
 class Peer(AbstractContextManager["Peer"]):
     """The other process: started when this is made, gone when the block is left."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, env: Mapping[str, str] | None = None) -> None:
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "sglang_prefillshare.handoff.proof"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
+                env=env,
             )
         except OSError as error:
             raise UntriedError(f"no process could be started to try a handoff with: {error}") from error
