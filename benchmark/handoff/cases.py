@@ -7,7 +7,8 @@ from typing import Final
 
 import numpy as np
 
-from test.support.handoff_pair import PageList, PoolShape
+from sglang_prefillshare.handoff.pool import PageList
+from sglang_prefillshare.host.transfer.rig import PoolShape
 
 LAYOUTS: Final = ("contiguous", "runs", "random")
 MEAN_RUN_PAGES: Final = 32

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from benchmark.handoff.cases import Case
-from test.support.handoff_pair import Handoff, HandoffPair, PoolShape, checksum_pages, fill_pages, new_room
+from sglang_prefillshare.host.transfer.rig import Handoff, PoolShape, checksum_pages, fill_pages, new_room
+from test.support.handoff_pair import HandoffPair
 
 COPY_LIMIT: Final = "memcpy"
 """The method that the others are measured against: one copy of as many bytes, side by side on both ends."""

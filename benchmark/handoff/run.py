@@ -27,7 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 from benchmark.handoff.cases import LAYOUTS, Case, make_case  # noqa: E402
 from sglang_prefillshare.environment import describe_environment  # noqa: E402
-from test.support.handoff_pair import PoolShape, WorkerError, handoff_pair  # noqa: E402
+from sglang_prefillshare.host.transfer.rig import PoolShape  # noqa: E402
+from test.support.handoff_pair import WorkerError, handoff_pair  # noqa: E402
 
 SIZES: Final = (16, 64, 256, 1024, 2048, 4096, 16384)
 SEED: Final = 7

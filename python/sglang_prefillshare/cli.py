@@ -317,11 +317,22 @@ def merge(adapter: Path, out: Path, base: str | None, tokenizer_path: str | None
 
 
 @cli.command()
-def doctor() -> int | None:
-    """Check this machine and the installed SGLang, and say what is missing."""
+@click.option("--quick", is_flag=True, help="Leave out the handoff, for which two processes load SGLang.")
+@click.option(
+    "--disaggregation-transfer-backend",
+    "backend",
+    type=click.Choice(["prefillshare", "nixl"]),
+    help="Try the handoff with this one. [default: what a worker chooses]",
+)
+def doctor(quick: bool, backend: str | None) -> int | None:
+    """Check that this machine and its SGLang have all that a role needs; exit 1 if not.
+
+    Versions, entry points and every place where we hook SGLang; then pages of several sizes are handed over between two
+    processes, as workers of this machine would, and compared.
+    """
     from sglang_prefillshare.host import doctor as host_doctor
 
-    status: int | None = host_doctor.main()
+    status: int | None = host_doctor.main(quick=quick, backend=backend)
     return status
 
 

@@ -19,17 +19,19 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self, TextIO
 
 from sglang_prefillshare.config import ArgValue, DecodeModule, Topology, WorkerSettings, flags_of
-from sglang_prefillshare.errors import ConfigError, WorkerError
+from sglang_prefillshare.errors import ConfigError, HandoffError, WorkerError
+from sglang_prefillshare.handoff import proof
 from sglang_prefillshare.process import ExitStatus, StopGrace, SupervisedProcess, describe_exit
 from sglang_prefillshare.protocol import WORKER_INFO_PATH, Role
 from sglang_prefillshare.restarts import Restart, RestartPolicy
+from sglang_prefillshare.settings import BACKEND_NAME
 
 WORKER_COMMAND: Final = (sys.executable, "-m", "sglang.launch_server")
 ROUTER_COMMAND: Final = (sys.executable, "-m", "sglang_prefillshare.cli", "route")
@@ -59,6 +61,13 @@ and thus below the range from which the kernel serves connections."""
 
 ROUTER_READY_TIMEOUT_S: Final = 60.0
 """The router loads nothing. If it is not ready soon after the workers are, it has refused one of them and says why."""
+
+CANNOT_HAND_OVER: Final = "can hand no KV over: "
+"""How the last answer of a worker begins that will never be ready, whatever it is given: it has said why."""
+
+_ANSWER_BYTES: Final = 64 * 1024
+_GPUS: Final = "CUDA_VISIBLE_DEVICES"
+_BACKEND: Final = "disaggregation-transfer-backend"
 
 _HTTP, _BOOTSTRAP, _NCCL, _GUARD = 0, 1, 2, PORTS_PER_WORKER - 1
 _TAIL_LINES_IN_ERROR: Final = 20
@@ -281,13 +290,14 @@ class Deployment:
 
     def _plan(self) -> tuple[list[WorkerPlan], WorkerPlan | None]:
         """What to run; without a router if a subclass says so."""
-        return plan_topology(
+        plans, router = plan_topology(
             self._topology,
             ports=self._ports,
             options=self._options,
             is_cpu_host=not has_accelerator(),
             environ=os.environ,
         )
+        return (choose_backend(plans) if has_accelerator() else plans), router
 
     def wait(self, *, on_restored: Callable[[], None] | None = None) -> None:
         """Serve until a stop is requested (`StopRequestedError`) or what died is not restarted (`WorkerError`).
@@ -361,6 +371,10 @@ class Deployment:
             for worker in waiting[: concurrency - len(loading)]:
                 self._launch(worker)
                 loading.append(worker)
+            for worker in loading:
+                if worker.last_answer.startswith(CANNOT_HAND_OVER):
+                    log = "" if worker.log_file is None else f" Its log is {worker.log_file}."
+                    raise WorkerError(f"{worker.name} {worker.last_answer}{log}")
             if late := [worker for worker in loading if worker.waited_s > timeout_s]:
                 raise _late_error(late, timeout_s)
             self._handle(self._next_event(timeout_s=min(1.0, timeout_s)))
@@ -472,9 +486,11 @@ class Deployment:
                     continue
                 began = max([began, *(other.ready_at or began for other in self.workers)])
                 timeout_s = min(timeout_s, ROUTER_READY_TIMEOUT_S)
-            if now - began > timeout_s:
+            is_unable = worker.last_answer.startswith(CANNOT_HAND_OVER)
+            if is_unable or now - began > timeout_s:
                 assert worker.process is not None
-                worker.late_because = f"not ready within {timeout_s:g} s (last: {worker.last_answer})"
+                late = f"not ready within {timeout_s:g} s (last: {worker.last_answer})"
+                worker.late_because = worker.last_answer if is_unable else late
                 self._set_state(worker, State.STOPPING)
                 worker.process.stop()
 
@@ -524,6 +540,44 @@ def plan_topology(
                 )
             )
     return plans, plan_router(topology, plans, ports=ports, options=options, environ=environ)
+
+
+def choose_backend(plans: Sequence[WorkerPlan]) -> list[WorkerPlan]:
+    """The plans, with NIXL for all of them where GPUs that they are dealt cannot read from each other.
+
+    That is tried, with two short processes that see what such workers would see; a worker alone cannot know it before
+    it meets another. Raises `ConfigError` where the topology asks for our own backend all the same.
+    """
+    named = {plan.name: _backend_of(plan) for plan in plans if plan.role is not None}
+    if "nixl" in named.values():
+        return list(plans)
+    gpus = {
+        (prefill.env.get(_GPUS, ""), decode.env.get(_GPUS, "")): (prefill, decode)
+        for prefill in plans
+        for decode in plans
+        if (prefill.role, decode.role) == (Role.PREFILL, Role.DECODE)
+    }
+    for (ours, theirs), (prefill, decode) in gpus.items():
+        if not ours or not theirs or ours == theirs:
+            continue  # on one GPU each worker finds out by itself
+        try:
+            proof.prove_between(prefill.env, decode.env)
+        except proof.UntriedError as error:
+            print(f"prefillshare: from GPU {ours} to GPU {theirs} no handoff was tried: {error}", file=sys.stderr)
+        except HandoffError as error:
+            reason = f"GPU {theirs} of {decode.name} cannot take KV over from GPU {ours} of {prefill.name}: {error}"
+            if BACKEND_NAME in named.values():
+                raise ConfigError(f"{reason} The topology asks for {BACKEND_NAME}.") from error
+            print(f"prefillshare: {reason} All workers use nixl.", file=sys.stderr)
+            nixl = flags_of({_BACKEND: "nixl"})
+            return [plan if plan.role is None else replace(plan, command=(*plan.command, *nixl)) for plan in plans]
+    return list(plans)
+
+
+def _backend_of(plan: WorkerPlan) -> str | None:
+    """The transfer backend that its command names."""
+    command = list(plan.command)
+    return command[command.index(f"--{_BACKEND}") + 1] if f"--{_BACKEND}" in command else None
 
 
 def plan_worker(
@@ -619,7 +673,7 @@ def _worker_env(
         CPU_ENV if is_cpu else {},
         environ,
         {"PYTHONUNBUFFERED": "1"},
-        {"CUDA_VISIBLE_DEVICES": ",".join(map(str, gpus))} if gpus else {},
+        {_GPUS: ",".join(map(str, gpus))} if gpus else {},
         topology.env,
         settings.env,
     ]
@@ -687,7 +741,7 @@ def probe(plan: WorkerPlan) -> str:
         try:
             connection.request("GET", path, headers=headers)
             response = connection.getresponse()
-            status, body = response.status, response.read(200).decode(errors="replace").strip()
+            status, body = response.status, response.read(_ANSWER_BYTES).decode(errors="replace").strip()
         except ConnectionRefusedError:
             return "no answer yet"
         except (OSError, http.client.HTTPException) as error:
@@ -695,8 +749,19 @@ def probe(plan: WorkerPlan) -> str:
         finally:
             connection.close()
         if status != 200:
-            return f"status {status} at {path}" + (f": {body}" if body else "")
+            return f"status {status} at {path}" + (f": {body[:200]}" if body else "")
+        if path == WORKER_INFO_PATH and (reason := _handoff_failure(body)) is not None:
+            return CANNOT_HAND_OVER + reason
     return "ready"
+
+
+def _handoff_failure(description: str) -> str | None:
+    try:
+        described = json.loads(description)
+    except ValueError:
+        return None
+    reason = described.get("handoff_failure") if isinstance(described, dict) else None
+    return None if reason is None else str(reason)
 
 
 def has_accelerator() -> bool:

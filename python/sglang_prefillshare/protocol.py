@@ -63,6 +63,14 @@ class WorkerInfo:
     """Token ids are below it."""
     max_prompt_bytes: int | None = None
     """A text of more bytes of UTF-8 has more tokens than `context_length`; None where the tokenizer sets no bound."""
+    handoff_failure: str | None = None
+    """Why it can hand no KV over, as it found out when it started; it answers 503 then."""
+    pool_space: str | None = None
+    """With the `prefillshare` backend: workers of one space (host and namespaces) can map each other's memory."""
+    gpu: str | None = None
+    """With the same, the UUID of the GPU that the KV pool is on; None on a CPU."""
+    gpus_in_reach: dict[str, bool] | None = None
+    """Of each GPU that this worker sees, by UUID, whether its own can read from it."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

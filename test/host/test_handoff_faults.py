@@ -12,17 +12,8 @@ import pytest
 
 pytest.importorskip("sglang", reason="waits for SGLang: run `make setup`")
 
-from test.support.handoff_pair import (
-    DecodeProcess,
-    Handoff,
-    HandoffPair,
-    Outcome,
-    Pending,
-    PoolShape,
-    PrefillProcess,
-    WorkerProcess,
-    new_room,
-)
+from sglang_prefillshare.host.transfer.rig import Handoff, Outcome, PoolShape, new_room
+from test.support.handoff_pair import DecodeProcess, HandoffPair, Pending, PrefillProcess, WorkerProcess
 
 pytestmark = pytest.mark.timeout(240)
 

@@ -12,7 +12,9 @@ import torch
 
 pytest.importorskip("sglang", reason="waits for SGLang: run `make setup`")
 
-from test.support.handoff_pair import Handoff, HandoffPair, PageList, PoolShape, handoff_pair, new_room
+from sglang_prefillshare.handoff.pool import PageList
+from sglang_prefillshare.host.transfer.rig import Handoff, PoolShape, new_room
+from test.support.handoff_pair import HandoffPair, handoff_pair
 
 SHAPE = PoolShape(layers=4, kv_heads=2, head_dim=16, page_count=257)
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="waits for a CUDA device")]

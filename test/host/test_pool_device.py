@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import queue
+import re
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,14 +21,22 @@ load_plugins()
 from sglang.srt.disaggregation.base.conn import KVArgs  # noqa: E402 - after SGLang's plugins, as in a server
 from sglang.srt.disaggregation.common.conn import CommonKVManager  # noqa: E402
 from sglang.srt.disaggregation.utils import DisaggregationMode  # noqa: E402
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool  # noqa: E402
 from sglang.srt.server_args import ServerArgs  # noqa: E402
 
 from sglang_prefillshare.errors import HandoffError  # noqa: E402
-from sglang_prefillshare.handoff import cuda_memory, messages  # noqa: E402
+from sglang_prefillshare.handoff import cuda_memory, messages, proof  # noqa: E402
+from sglang_prefillshare.handoff.copy import copy_pages  # noqa: E402
+from sglang_prefillshare.handoff.mapping import map_pool  # noqa: E402
+from sglang_prefillshare.handoff.pool import PoolView  # noqa: E402
 from sglang_prefillshare.host.roles import handshake  # noqa: E402
-from sglang_prefillshare.host.transfer import decode_end, manager, prefill_end  # noqa: E402
+from sglang_prefillshare.host.roles.role import SchedulerRole, check_handoff  # noqa: E402
+from sglang_prefillshare.host.transfer import decode_end, manager  # noqa: E402
 from sglang_prefillshare.host.transfer.backend import create_manager  # noqa: E402
-from test.support.cuda_driver import MAPPED_AT, FakeDriver, handle_of  # noqa: E402
+from sglang_prefillshare.identity.fingerprint import BaseIdentity  # noqa: E402
+from sglang_prefillshare.protocol import Role  # noqa: E402
+from sglang_prefillshare.settings import BACKEND_NAME, RoleSettings  # noqa: E402
+from test.support.cuda_driver import MAPPED_AT, CUresult, FakeDriver, PeerInAThread, handle_of, uuid_of  # noqa: E402
 
 K, V = 0x7F00_0000_0000, 0x7F00_1000_0000
 
@@ -46,7 +57,6 @@ def current(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> queue.Queue[
     monkeypatch.setattr(manager.PrefillShareKVManager, "_hear", lambda _self: heard.put(driver.current()))
     monkeypatch.setattr(decode_end.DecodeKVManager, "_copier", lambda _self: None)
     monkeypatch.setattr(decode_end.DecodeKVManager, "_start_heartbeat_checker_thread", lambda _self: None)
-    monkeypatch.setattr(prefill_end, "device_uuid", lambda device: f"GPU-{device}")
     monkeypatch.setattr(handshake, "role_of", lambda _scheduler: SimpleNamespace(fingerprint="base"))
     return heard
 
@@ -80,10 +90,10 @@ def test_a_pool_on_the_second_gpu_is_exported_mapped_and_unmapped_there(
     driver: FakeDriver, current: queue.Queue[int | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     offered = build(DisaggregationMode.PREFILL, torch.device("cuda", 1))._cuda_memory()
-    assert (offered.device_uuid, offered.handles) == ("GPU-1", (handle_of(K), handle_of(V)))
+    assert (offered.device_uuid, offered.handles) == (uuid_of(1), (handle_of(K), handle_of(V)))
     decode = build(DisaggregationMode.DECODE, torch.device("cuda", 1))
     pool = messages.Pool("x", 7, 1, 0, 8, 64, decode.geometry, offered)
-    view = decode._map_cuda(pool)
+    view = map_pool(pool, device=decode.cuda_index)
     assert view.addresses.tolist() == [K + MAPPED_AT, V + MAPPED_AT]
     decode._pools[7] = decode_end._PrefillPool(view, None)  # type: ignore[arg-type]
     decode._device_copier = SimpleNamespace(forget=lambda _view: None)
@@ -110,3 +120,116 @@ def test_a_pool_in_host_memory_is_on_no_gpu(current: queue.Queue[int | None], dr
 def test_a_pool_on_two_devices_is_refused(current: queue.Queue[int | None]) -> None:
     with pytest.raises(HandoffError, match="all on one device"):
         build(DisaggregationMode.PREFILL, torch.device("cuda", 0), torch.device("cuda", 1))
+
+
+# ---- a worker's proof of its own half: the real managers and the real peer, which runs in a thread on the same driver
+
+
+@pytest.fixture
+def proving(driver: FakeDriver, current: queue.Queue[int | None], monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    """The pool lies where there is memory; a decode worker's copy finds mapped memory where the driver has it."""
+    pool = [ctypes.create_string_buffer(bytes(range(256)) * 16, 4096) for _ in range(2)]
+    driver.allocations[1] = [(ctypes.addressof(buffer), 4096) for buffer in pool]
+    monkeypatch.setattr(sys.modules[__name__], "K", driver.allocations[1][0][0])
+    monkeypatch.setattr(sys.modules[__name__], "V", driver.allocations[1][1][0])
+    monkeypatch.setattr(driver, "pool", pool, raising=False)
+
+    def copier(self: Any) -> Any:
+        def copy(source: PoolView, target: PoolView, source_pages: Any, target_pages: Any) -> None:
+            here = PoolView.at((source.addresses - MAPPED_AT).tolist(), source.page_bytes.tolist(), 1, owner=None)
+            assert driver.mapped and driver.current() == 1
+            copy_pages(here, target, source_pages, target_pages)
+
+        self._device_copier = SimpleNamespace(forget=lambda _view: None)
+        return copy
+
+    monkeypatch.setattr(decode_end.DecodeKVManager, "_copier", copier)
+    monkeypatch.setattr(proof, "Peer", PeerInAThread)
+    return driver
+
+
+def scheduler_of(mode: DisaggregationMode, backend: str = BACKEND_NAME) -> Any:
+    """As much of a scheduler as the check at the end of its start looks at."""
+    role = Role.PREFILL if mode == DisaggregationMode.PREFILL else Role.DECODE
+    settings = RoleSettings(role, "base", BaseIdentity("w", "c", "t", ""), True, backend)
+    queue_of_ours = SimpleNamespace(kv_manager=build(mode, torch.device("cuda", 1)))
+    pool = object.__new__(MHATokenToKVPool)
+    scheduler = SimpleNamespace(
+        disagg_prefill_bootstrap_queue=queue_of_ours,
+        disagg_decode_prealloc_queue=queue_of_ours,
+        token_to_kv_pool_allocator=SimpleNamespace(get_kvcache=lambda: pool),
+        _prefill_share_role=SchedulerRole(settings, "bfloat16", "base"),
+    )
+    check_handoff(scheduler)
+    return scheduler._prefill_share_role
+
+
+MODES = [DisaggregationMode.PREFILL, DisaggregationMode.DECODE]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_worker_proves_its_half_on_its_pools_gpu_and_leaves_all_as_it_was(
+    mode: DisaggregationMode, proving: FakeDriver
+) -> None:
+    before = [bytes(buffer) for buffer in proving.pool]  # type: ignore[attr-defined]
+    role = scheduler_of(mode)
+    assert role.handoff_failure is None
+    assert role.pool_place["gpu"] == uuid_of(1) and role.pool_place["gpus_in_reach"] == {
+        uuid_of(0): True,
+        uuid_of(1): True,
+    }
+    assert [bytes(buffer) for buffer in proving.pool] == before  # type: ignore[attr-defined]
+    names = [name for name, _ in proving.calls]
+    assert {"cuIpcGetMemHandle", "cuIpcOpenMemHandle", "cuMemcpyDtoD"} <= set(names)
+    assert {device for _, device in proving.calls} == {1}
+
+
+@pytest.mark.parametrize(
+    ("mode", "broken", "reason"),
+    [
+        (MODES[0], {"has_ipc": False}, r"offers no CUDA IPC.*transfer-backend nixl"),
+        (MODES[0], {"cannot_export": "pool"}, r"Unset expandable_segments.*--enable-memory-saver.*nixl"),
+        (MODES[0], {"cannot_open": "pool"}, r"share the IPC namespace.*nixl"),
+        (MODES[1], {"has_ipc": False}, r"offers no CUDA IPC.*transfer-backend nixl"),
+        (
+            MODES[1],
+            {"cuIpcOpenMemHandle": lambda *_: (CUresult.CUDA_ERROR_INVALID_VALUE, None)},
+            r"IPC namespace.*nixl",
+        ),
+        (
+            MODES[1],
+            {"cuMemcpyDtoD": lambda *_: (CUresult.CUDA_ERROR_INVALID_VALUE,)},
+            r"be copied.*transfer-backend nixl",
+        ),
+    ],
+)
+def test_a_worker_that_cannot_hand_over_knows_why_before_the_first_request(
+    mode: DisaggregationMode, broken: dict[str, Any], reason: str, proving: FakeDriver
+) -> None:
+    for name, value in broken.items():
+        setattr(proving, name, {base for base, _ in proving.allocations[1]} if value == "pool" else value)
+        if callable(value):
+            value.__name__ = name
+    assert re.search(reason, scheduler_of(mode).handoff_failure or "")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_gpu_without_room_for_the_trial_is_no_failure(mode: DisaggregationMode, proving: FakeDriver) -> None:
+    proving.is_full = True
+    assert scheduler_of(mode).handoff_failure is None
+
+
+def test_what_the_kernels_compiler_says_is_told(proving: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    def without_compiler(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    monkeypatch.setattr(decode_end.DecodeKVManager, "_copier", lambda self: without_compiler)
+    monkeypatch.setattr(decode_end.DecodeKVManager, "_unmap", lambda _self, view: view.owner.close())
+    assert "Failed to find C compiler" in str(scheduler_of(MODES[1]).handoff_failure)
+    assert proving.mapped == []
+
+
+def test_another_backend_looks_after_its_pool_itself(proving: FakeDriver) -> None:
+    proving.has_ipc = False
+    role = scheduler_of(MODES[0], backend="nixl")
+    assert role.handoff_failure is None and role.pool_place == {}

@@ -19,21 +19,10 @@ from typing import Final
 import numpy as np
 import torch
 
+from sglang_prefillshare.handoff.pool import PageList
+from sglang_prefillshare.host.transfer.rig import Handoff, Outcome, PoolShape, checksum_pages, fill_pages, new_room
 from test.soak.tally import Tally
-from test.support.handoff_pair import (
-    DecodeProcess,
-    Handoff,
-    Outcome,
-    PageList,
-    Pending,
-    PoolShape,
-    PrefillProcess,
-    WorkerError,
-    WorkerProcess,
-    checksum_pages,
-    fill_pages,
-    new_room,
-)
+from test.support.handoff_pair import DecodeProcess, Pending, PrefillProcess, WorkerError, WorkerProcess
 
 SHAPE: Final = PoolShape(layers=4, kv_heads=2, head_dim=16, page_count=2049, dtype="bfloat16")
 HANDOFFS_PER_DECODE: Final = 32

@@ -1,15 +1,21 @@
 """A CUDA driver without a GPU, as `cuda-python` shows it: contexts by thread, allocations by device, IPC by handle.
 
 It is as strict as the real one was on an H100: a thread without a current context can ask for nothing, memory is on
-the device of the current context, and what was mapped can be closed once.
+the device of the current context, and what was mapped can be closed once. What is copied really moves, between
+addresses of this process: an allocation that is copied from or to must lie where something is.
 """
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import threading
+import uuid
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
+
+from sglang_prefillshare.handoff import proof
 
 HANDLE_BYTES: Final = 64
 MAPPED_AT: Final = 1 << 40
@@ -19,6 +25,7 @@ MAPPED_AT: Final = 1 << 40
 class CUresult(enum.IntEnum):
     CUDA_SUCCESS = 0
     CUDA_ERROR_INVALID_VALUE = 1
+    CUDA_ERROR_OUT_OF_MEMORY = 2
     CUDA_ERROR_NO_DEVICE = 100
     CUDA_ERROR_INVALID_DEVICE = 101
     CUDA_ERROR_INVALID_CONTEXT = 201
@@ -57,6 +64,11 @@ def uuid_bytes(device: int) -> bytes:
     return bytes([0xAB] * 15 + [device])
 
 
+def uuid_of(device: int) -> str:
+    """The same, as it is written."""
+    return str(uuid.UUID(bytes=uuid_bytes(device)))
+
+
 def handle_of(base: int) -> bytes:
     """What the allocation at `base` is exported as."""
     return base.to_bytes(HANDLE_BYTES, "little")
@@ -84,10 +96,12 @@ class FakeDriver:
         self.cannot_export: set[int] = set()
         self.cannot_open: set[int] = set()
         self.calls: list[tuple[str, int]] = []
+        self.is_full = False
         self.exported: list[int] = []
         self.mapped: list[int] = []
         self.closed: list[int] = []
         self.retained: dict[int, int] = {}
+        self._buffers: dict[int, Any] = {}
         self._current = threading.local()
 
     # ---- devices and contexts: the context of device n is n + 1000, retained as often as it was asked for
@@ -185,3 +199,67 @@ class FakeDriver:
         self.mapped.remove(base)
         self.closed.append(base)
         return (CUresult.CUDA_SUCCESS,)
+
+    def cuMemAlloc(self, size: int) -> tuple[Any, ...]:
+        device = self._on_device("cuMemAlloc")
+        if device is None:
+            return CUresult.CUDA_ERROR_INVALID_CONTEXT, None
+        if self.is_full:
+            return CUresult.CUDA_ERROR_OUT_OF_MEMORY, None
+        buffer = ctypes.create_string_buffer(size)
+        base = ctypes.addressof(buffer)
+        self._buffers[base] = buffer
+        self.allocations[device].append((base, size))
+        return CUresult.CUDA_SUCCESS, base
+
+    def cuMemFree(self, base: int) -> tuple[Any, ...]:
+        device = self._on_device("cuMemFree")
+        if device is None:
+            return (CUresult.CUDA_ERROR_INVALID_CONTEXT,)
+        del self._buffers[base]
+        self.allocations[device] = [place for place in self.allocations[device] if place[0] != base]
+        return (CUresult.CUDA_SUCCESS,)
+
+    def cuCtxSynchronize(self) -> tuple[Any, ...]:
+        return (CUresult.CUDA_ERROR_INVALID_CONTEXT if self.current() is None else CUresult.CUDA_SUCCESS,)
+
+    def cuMemcpyDtoD(self, target: int, source: int, size: int) -> tuple[Any, ...]:
+        return self._copy("cuMemcpyDtoD", self._here(target, size), self._here(source, size), size)
+
+    def cuMemcpyDtoH(self, target: int, source: int, size: int) -> tuple[Any, ...]:
+        return self._copy("cuMemcpyDtoH", target, self._here(source, size), size)
+
+    def cuMemcpyHtoD(self, target: int, source: int, size: int) -> tuple[Any, ...]:
+        return self._copy("cuMemcpyHtoD", self._here(target, size), source, size)
+
+    def _copy(self, name: str, target: int | None, source: int | None, size: int) -> tuple[Any, ...]:
+        if self._on_device(name) is None:
+            return (CUresult.CUDA_ERROR_INVALID_CONTEXT,)
+        if target is None or source is None:
+            return (CUresult.CUDA_ERROR_INVALID_VALUE,)
+        ctypes.memmove(target, source, size)
+        return (CUresult.CUDA_SUCCESS,)
+
+    def _here(self, address: int, size: int) -> int | None:
+        """Where the bytes at an address of the device, or of a mapping, really are; None if they are nobody's."""
+        places = [place for device in self.allocations.values() for place in device]
+        for base, length in places:
+            for shift in (0, MAPPED_AT) if base + MAPPED_AT in self.mapped else (0,):
+                if base + shift <= address and address + size <= base + shift + length:
+                    return address - shift
+        return None
+
+
+class PeerInAThread(proof.Peer):
+    """The process that a handoff is tried with, as a thread of this one: it has the stand-in's GPUs, too."""
+
+    def __init__(self, *, env: Mapping[str, str] | None = None) -> None:
+        self._kept: Any = None
+
+    def _exchange(self, question: proof.Question) -> proof.Answer:
+        with ThreadPoolExecutor(1) as thread:
+            answer, self._kept = thread.submit(proof.serve, question).result()
+        return answer
+
+    def __exit__(self, *_: object) -> None:
+        self._kept = None

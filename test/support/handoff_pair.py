@@ -15,39 +15,38 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import random
 import select
 import signal
 import socket
 import time
 import traceback
-import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-import xxhash
-
-from sglang_prefillshare.identity.fingerprint import BaseIdentity
+from sglang_prefillshare.handoff.pool import PageList
+from sglang_prefillshare.host.transfer.rig import (
+    HOST,
+    METADATA_ROWS,
+    Handoff,
+    Outcome,
+    PoolShape,
+    Receiving,
+    Rig,
+    Sending,
+    Side,
+    become_scheduler,
+    checksum_pages,
+    fill_pages,
+)
 from sglang_prefillshare.protocol import Role
-from sglang_prefillshare.settings import BACKEND_NAME, RoleSettings, current_settings, publish
+from sglang_prefillshare.settings import BACKEND_NAME
 
-if TYPE_CHECKING:
-    import torch
-
-PageList = npt.NDArray[np.int32]
 T = TypeVar("T")
 
-METADATA_ROWS: Final = 512
-"""Handoffs that one process can have in flight; SGLang ties the number to its running requests."""
-
-HOST: Final = "127.0.0.1"
 _PRELOADED: Final = [
     "numba.extending",
     "sglang.srt.disaggregation.decode",
@@ -61,56 +60,6 @@ START_TIMEOUT_S: Final = 90.0
 
 class WorkerError(RuntimeError):
     """A process of the pair could not do what it was told, or has ended."""
-
-
-@dataclass(frozen=True, slots=True)
-class PoolShape:
-    """A KV pool: K and V of each layer, pages [0, page_count), of which SGLang never hands out page 0."""
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-    page_count: int
-    page_size: int = 1
-    dtype: str = "bfloat16"
-    device: str = "cpu"
-
-    @property
-    def bytes_per_page(self) -> int:
-        """Over all layers, K and V."""
-        import torch
-
-        itemsize: int = getattr(torch, self.dtype).itemsize
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.page_size * itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class Handoff:
-    """One request's KV: page k of `source_pages` goes to page k of `target_pages`, both for the whole prompt.
-
-    Decode holds the first `prefix_tokens` (whole pages) already, so they do not move. Prefill sends `chunk_pages` at a
-    time, or everything at once; with `stop_after_chunks` it sends so many chunks and leaves it at that.
-    """
-
-    room: int
-    source_pages: PageList
-    target_pages: PageList
-    prefix_tokens: int = 0
-    chunk_pages: int | None = None
-    stop_after_chunks: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How one side of a handoff ended; times are `time.monotonic_ns()`, the same clock in every process of a host.
-
-    `started_ns` is just before prefill's first `send`, or decode's asking for the pages; None if it never came to that.
-    """
-
-    room: int
-    failure: str | None
-    started_ns: int | None
-    ended_ns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +78,6 @@ class Ended:
         """From prefill's first `send` to the poll in which decode learned that all of it is there."""
         assert self.failure is None and self.sent.started_ns is not None, self
         return (self.received.ended_ns - self.sent.started_ns) / 1e9
-
-
-def new_room() -> int:
-    return random.getrandbits(62) + 1
 
 
 # ---- the parent's side ---------------------------------------------------------------------------------------------
@@ -421,27 +366,6 @@ class _Raised:
 # ---- the worker's side ---------------------------------------------------------------------------------------------
 
 
-def fill_pages(buffers: Sequence[torch.Tensor], pages: PageList, *, seed: int) -> None:
-    """Write bytes that depend only on `seed` and on the order of `pages`; buffers are uint8 [pages, page_bytes]."""
-    import torch
-
-    rng = np.random.default_rng(seed)
-    index = torch.from_numpy(pages.astype(np.int64))
-    for buffer in buffers:
-        content = np.frombuffer(rng.bytes(len(pages) * buffer.shape[1]), dtype=np.uint8).reshape(len(pages), -1)
-        buffer[index.to(buffer.device)] = torch.from_numpy(content.copy()).to(buffer.device)
-
-
-def checksum_pages(buffers: Sequence[torch.Tensor], pages: PageList) -> int:
-    import torch
-
-    digest = xxhash.xxh3_64()
-    index = torch.from_numpy(pages.astype(np.int64))
-    for buffer in buffers:
-        digest.update(buffer[index.to(buffer.device)].cpu().numpy().data)
-    return digest.intdigest()
-
-
 def _serve(connection: Connection, spec: Spec) -> None:
     """The main function of a worker process. Leaves without waiting for the threads of SGLang and of the backend."""
     try:
@@ -465,29 +389,27 @@ class _Worker:
     def __init__(self, connection: Connection, spec: Spec) -> None:
         self._connection = connection
         self.spec = spec
-        _become_scheduler(spec)
-
-        from sglang.srt.disaggregation.utils import MetadataBuffers, ReqToMetadataIdxAllocator
+        os.environ.update(spec.env)
+        become_scheduler(
+            spec.role,
+            backend=spec.backend,
+            page_size=spec.shape.page_size,
+            bootstrap_port=spec.bootstrap_port,
+            base=spec.base,
+            lease_timeout_s=spec.lease_timeout_s,
+        )
 
         from sglang_prefillshare.host.cpu import idle
         from sglang_prefillshare.host.transfer import wakeup
 
         self._copy_ns = _time_copies(pause_s=spec.copy_pause_s)
-        self._pool = _make_pool(spec.shape)
-        self.buffers = _as_pages(self._pool, spec.shape)
-        self.metadata = MetadataBuffers(
-            METADATA_ROWS, hidden_size=16, hidden_states_dtype=self._pool.dtype, max_sampling_mask_tokens=1
-        )
-        self.metadata_rows = ReqToMetadataIdxAllocator(METADATA_ROWS)
-        if spec.role is Role.PREFILL:
-            self._bootstrap_server = _start_bootstrap_server(spec)
-        self.manager = _make_manager(spec, self._pool, self.metadata)
+        self._rig = Rig(spec.role, spec.backend, spec.shape, bootstrap_port=spec.bootstrap_port)
         self._poll_ms = idle.PENDING_POLL_MS if spec.backend == BACKEND_NAME else idle.FOREIGN_POLL_MS
         self._drain = wakeup.drain
         self._poller = select.poll()
         self._poller.register(connection.fileno(), select.POLLIN)
         self._poller.register(wakeup.wakeup_fd(), select.POLLIN)
-        self._batches: dict[int, list[_Sending] | list[_Receiving]] = {}
+        self._batches: dict[int, list[Sending] | list[Receiving]] = {}
 
     def run(self) -> None:
         """Wait for commands and for news of handoffs as SGLang's loop does on a CPU, until the parent is gone."""
@@ -502,10 +424,17 @@ class _Worker:
                     self._connection.send((call, _Raised.now(error)))
             for call, batch in list(self._batches.items()):
                 for side in batch:
-                    side.step()
+                    self._step(side)
                 if all(side.outcome is not None for side in batch):
                     del self._batches[call]
                     self._connection.send((call, [side.outcome for side in batch]))
+
+    def _step(self, side: Side) -> None:
+        has_ended = side.outcome is not None
+        side.step()
+        failed = not has_ended and side.outcome is not None and side.outcome.failure is not None
+        if failed and self.spec.reuses_pages and len(side.moving):
+            fill_pages(self._rig.buffers, side.moving, seed=side.room)
 
     def _patience_ms(self) -> int | None:
         if not self._batches:
@@ -515,17 +444,17 @@ class _Worker:
     def _begin(self, call: int, command: Any) -> None:
         """Do what is done at once and reply; a batch replies when it has ended."""
         if isinstance(command, _Send):
-            self._batches[call] = [_Sending(self, handoff) for handoff in command.handoffs]
+            self._batches[call] = [Sending(self._rig, handoff) for handoff in command.handoffs]
         elif isinstance(command, _Receive):
-            self._batches[call] = [_Receiving(self, one, command.bootstrap_addr) for one in command.handoffs]
+            self._batches[call] = [Receiving(self._rig, one, command.bootstrap_addr) for one in command.handoffs]
         else:
             self._connection.send((call, self._do(command)))
 
     def _do(self, command: Any) -> Any:
         if isinstance(command, _Fill):
-            return fill_pages(self.buffers, command.pages, seed=command.seed)
+            return fill_pages(self._rig.buffers, command.pages, seed=command.seed)
         if isinstance(command, _Checksum):
-            return checksum_pages(self.buffers, command.pages)
+            return checksum_pages(self._rig.buffers, command.pages)
         if isinstance(command, _Abort):
             sides = [side for batch in self._batches.values() for side in batch if side.room == command.room]
             return any([side.abort() for side in sides])
@@ -540,258 +469,17 @@ class _Worker:
             Role.PREFILL: ("request_status", "transfer_infos", "req_to_decode_prefix_len"),
             Role.DECODE: ("request_status", "required_prefill_response_num_table", "prefill_response_tracker"),
         }
-        found = {name: len(getattr(self.manager, name)) for name in (*names[self.spec.role], "failure_records")}
+        found = {name: len(getattr(self._rig.manager, name)) for name in (*names[self.spec.role], "failure_records")}
         if self.spec.role is Role.DECODE:
-            found["addr_to_rooms_tracker"] = sum(map(len, self.manager.addr_to_rooms_tracker.values()))
+            found["addr_to_rooms_tracker"] = sum(map(len, self._rig.manager.addr_to_rooms_tracker.values()))
         if self.spec.backend == BACKEND_NAME and self.spec.role is Role.PREFILL:
-            found |= {"rooms": self.manager.leases.room_count, "pages_on_loan": self.manager.leases.pages_on_loan}
+            found |= {
+                "rooms": self._rig.manager.leases.room_count,
+                "pages_on_loan": self._rig.manager.leases.pages_on_loan,
+            }
         elif self.spec.backend == BACKEND_NAME:
-            found |= {"claims": len(self.manager.claims.targets())}
-        return {**found, "metadata_rows": METADATA_ROWS - self.metadata_rows.available_size()}
-
-
-class _Side:
-    """One side of a handoff in flight. `step` is called whenever there may be news; `outcome` is set when it ends."""
-
-    is_busy = False
-    """There is more to do at once, without waiting for news."""
-
-    def __init__(self, worker: _Worker, handoff: Handoff) -> None:
-        self._worker = worker
-        self._handoff = handoff
-        self.room = handoff.room
-        self.outcome: Outcome | None = None
-        self._end_point: Any = None  # SGLang's sender or receiver
-        self._metadata_row: int | None = None
-        self._moving: PageList = handoff.source_pages[:0]
-        self._started_ns: int | None = None
-
-    def step(self) -> None:
-        from sglang.srt.disaggregation.base.conn import KVPoll
-
-        if self.outcome is not None:
-            return
-        status = self._end_point.poll()
-        if status == KVPoll.Success:
-            ended_ns = time.monotonic_ns()
-            failure = self._check_metadata()
-            self._end_point.clear()
-            self._end(failure, ended_ns)
-        elif status == KVPoll.Failed:
-            self._end(self._reason(), time.monotonic_ns())
-        else:
-            self._go_on(is_waiting=status == KVPoll.WaitingForInput)
-
-    def abort(self) -> bool:
-        if self.outcome is not None:
-            return False
-        self._end_point.abort()
-        return True
-
-    def _go_on(self, *, is_waiting: bool) -> None:
-        raise NotImplementedError
-
-    def _check_metadata(self) -> str | None:
-        return None
-
-    def _take_metadata_row(self) -> int:
-        row = self._worker.metadata_rows.alloc()
-        assert row is not None, f"more than {METADATA_ROWS} handoffs in flight"
-        self._metadata_row = row
-        self._worker.metadata.clear_slot(row)
-        return int(row)
-
-    def _reason(self) -> str:
-        from sglang.srt.disaggregation.common.conn import KVTransferError
-
-        try:
-            self._end_point.failure_exception()  # clears, too
-        except KVTransferError as error:
-            return str(error.failure_reason)
-        return "no reason was recorded"
-
-    def _end(self, failure: str | None, ended_ns: int) -> None:
-        if self._metadata_row is not None:
-            self._worker.metadata_rows.free(self._metadata_row)
-        if failure is not None and self._worker.spec.reuses_pages and len(self._moving):
-            fill_pages(self._worker.buffers, self._moving, seed=self.room)
-        self.is_busy = False
-        self.outcome = Outcome(self.room, failure, self._started_ns, ended_ns)
-
-
-class _Sending(_Side):
-    """Prefill's side, in the order of calls of SGLang's bootstrap queue and `send_kv_chunk`."""
-
-    def __init__(self, worker: _Worker, handoff: Handoff) -> None:
-        super().__init__(worker, handoff)
-        self._chunks: deque[PageList] = deque()
-        sender = _backend_class(worker.spec.backend, "SENDER")
-        address = f"{HOST}:{worker.spec.bootstrap_port}"
-        self._end_point = sender(mgr=worker.manager, bootstrap_addr=address, bootstrap_room=handoff.room)
-
-    def _go_on(self, *, is_waiting: bool) -> None:
-        if self._started_ns is None and is_waiting:
-            prefix_tokens = self._end_point.pop_decode_prefix_len()
-            pages = self._handoff.source_pages[prefix_tokens // self._worker.spec.shape.page_size :]
-            row = self._take_metadata_row()
-            self._worker.metadata.bootstrap_room[row, 0] = self.room
-            self._end_point.init(len(pages), row)
-            length = self._handoff.chunk_pages or max(1, len(pages))
-            starts = range(0, max(1, len(pages)), length)  # without pages, one empty chunk brings the metadata
-            self._chunks.extend(pages[start : start + length] for start in starts[: self._handoff.stop_after_chunks])
-            self._moving = pages
-            self._started_ns = time.monotonic_ns()
-        if self._chunks:
-            self._end_point.send(self._chunks.popleft())
-        self.is_busy = bool(self._chunks)
-
-
-class _Receiving(_Side):
-    """Decode's side, in the order of calls of SGLang's preallocation and transfer queues."""
-
-    def __init__(self, worker: _Worker, handoff: Handoff, bootstrap_addr: str) -> None:
-        super().__init__(worker, handoff)
-        if (refusal := _why_unreachable(worker.manager, bootstrap_addr)) is not None:
-            self._end(refusal, time.monotonic_ns())
-            return
-        receiver = _backend_class(worker.spec.backend, "RECEIVER")
-        self._end_point = receiver(mgr=worker.manager, bootstrap_addr=bootstrap_addr, bootstrap_room=handoff.room)
-        self._end_point.init(0)
-
-    def _go_on(self, *, is_waiting: bool) -> None:
-        if self._started_ns is None and is_waiting:
-            prefix_tokens = self._handoff.prefix_tokens
-            pages = self._handoff.target_pages[prefix_tokens // self._worker.spec.shape.page_size :]
-            self._started_ns = time.monotonic_ns()
-            self._moving = pages
-            self._end_point.send_metadata(pages, self._take_metadata_row(), decode_prefix_len=prefix_tokens)
-
-    def _check_metadata(self) -> str | None:
-        found = int(self._worker.metadata.bootstrap_room[self._metadata_row, 0].item())
-        return None if found == self.room else f"the metadata row is of room {found}, wanted {self.room}"
-
-
-def _become_scheduler(spec: Spec) -> None:
-    """Load our plugin with a role and publish SGLang's configuration, in the order of a scheduler process."""
-    os.environ.update(spec.env)
-    identity = BaseIdentity(weights=spec.base, config="", tokenizer="", chat_template="")
-    publish(
-        RoleSettings(
-            spec.role,
-            spec.base,
-            identity,
-            trained=True,
-            transfer_backend=spec.backend,
-            lease_timeout_s=spec.lease_timeout_s,
-        )
-    )
-
-    warnings.filterwarnings("ignore", category=UserWarning, module="sglang")  # of the kernels that a CPU does without
-
-    # As in a scheduler's process, it is there before the plugins come: they hook what is loaded.
-    import sglang.srt.disaggregation.common.conn  # noqa: F401
-    import torch
-    from sglang.srt import runtime_context
-    from sglang.srt.plugins import load_plugins
-    from sglang.srt.server_args import ServerArgs
-
-    torch.set_num_threads(1)
-    load_plugins()
-
-    args = ServerArgs(
-        model_path="dummy",  # SGLang's own name for "no model": nothing is read for it
-        host=HOST,
-        page_size=spec.shape.page_size,
-        disaggregation_mode=spec.role.value,
-        disaggregation_transfer_backend=spec.backend,
-        disaggregation_bootstrap_port=spec.bootstrap_port,
-    )
-    ranks = runtime_context.SpawnRanks(world_rank=0, gpu_id=0)
-    runtime_context.publish(args, role="scheduler", ranks=ranks)
-    # Used between pipeline stages only, and would need torch.distributed.
-    runtime_context.get_parallel().override_permanently(pp_group=None)
-
-
-def _backend_class(backend: str, kind: str) -> Any:
-    from sglang.srt.disaggregation.utils import KVClassType, TransferBackend, get_kv_class
-
-    return get_kv_class(TransferBackend(backend), KVClassType[kind])
-
-
-def _make_pool(shape: PoolShape) -> Any:
-    """SGLang's pool of the platform's choice: on prefill, with our backend, the one in shared memory."""
-    import torch
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-    from sglang.srt.platforms import current_platform
-
-    pool_class = current_platform.get_kv_pool_cls(kind="mha") or MHATokenToKVPool
-    return pool_class(
-        size=(shape.page_count - 1) * shape.page_size,
-        page_size=shape.page_size,
-        dtype=getattr(torch, shape.dtype),
-        head_num=shape.kv_heads,
-        head_dim=shape.head_dim,
-        layer_num=shape.layers,
-        device=shape.device,
-        enable_memory_saver=False,
-    )
-
-
-def _as_pages(pool: Any, shape: PoolShape) -> list[torch.Tensor]:
-    import torch
-
-    return [buffer.view(torch.uint8).view(shape.page_count, -1) for buffer in (*pool.k_buffer, *pool.v_buffer)]
-
-
-def _start_bootstrap_server(spec: Spec) -> Any:
-    server = _backend_class(spec.backend, "BOOTSTRAP_SERVER")(host=HOST, port=spec.bootstrap_port)
-    deadline = time.monotonic() + 10.0
-    while True:
-        with suppress(OSError):
-            socket.create_connection((HOST, spec.bootstrap_port), timeout=1.0).close()
-            return server
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"SGLang's bootstrap server does not listen on port {spec.bootstrap_port}")
-        time.sleep(0.01)
-
-
-def _make_manager(spec: Spec, pool: Any, metadata: Any) -> Any:
-    """What `_init_kv_manager` of SGLang's prefill and decode queues does, and our `handshake.init_kv_manager`."""
-    from sglang.srt.disaggregation.utils import DisaggregationMode, setup_state_kv_args
-    from sglang.srt.runtime_context import get_server_args
-
-    from sglang_prefillshare.host.roles import handshake
-    from sglang_prefillshare.host.transfer import pool_device
-
-    shape = spec.shape
-    settings = current_settings()
-    assert settings is not None
-    args = _backend_class(spec.backend, "KVARGS")()
-    args.engine_rank = args.pp_rank = args.gpu_id = 0
-    args.system_dp_rank = args.rust_http_port = args.ib_device = None
-    args.kv_cache_dtype_str = shape.dtype
-    args.kv_layout = handshake.LAYOUT_PREFIX + settings.identity.runtime_fingerprint(shape.dtype)
-    args.kv_data_ptrs, args.kv_data_lens, args.kv_item_lens = pool.get_contiguous_buf_infos()
-    args.kv_data_mem_kinds = ["DRAM" if shape.device == "cpu" else "VRAM"] * len(args.kv_data_ptrs)
-    args.kv_layer_ids = []
-    args.kv_head_num = args.total_kv_head_num = shape.kv_heads
-    args.page_size = shape.page_size
-    args.prefill_start_layer, args.prefill_end_layer = pool.start_layer, pool.end_layer
-    args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens = metadata.get_buf_infos()
-    setup_state_kv_args(args, pool, None, shape.layers)
-    manager_class = _backend_class(spec.backend, "MANAGER")
-    with pool_device.stated_by(pool):
-        return manager_class(args, DisaggregationMode(spec.role.value), get_server_args(), False)
-
-
-def _why_unreachable(manager: Any, bootstrap_addr: str) -> str | None:
-    """SGLang's first look at a prefill worker, or the reason why nothing can be had from it."""
-    from sglang_prefillshare.host.roles import handshake
-
-    if manager.try_ensure_parallel_info(bootstrap_addr):
-        return None
-    refused = handshake._refusals(manager).pop(bootstrap_addr, None)
-    return refused or f"no prefill worker answers at {bootstrap_addr}"
+            found |= {"claims": len(self._rig.manager.claims.targets())}
+        return {**found, "metadata_rows": METADATA_ROWS - self._rig.metadata_rows.available_size()}
 
 
 def _time_copies(*, pause_s: float) -> list[int]:

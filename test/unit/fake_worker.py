@@ -74,6 +74,7 @@ def main() -> None:
         context_length=1000,
         bootstrap_port=args.disaggregation_bootstrap_port,
         version=__version__,
+        handoff_failure="its memory is closed; choose nixl" if "cannot-hand-over" in fakes else None,
     )
     body = json.dumps(info.to_json()).encode()
     ThreadingHTTPServer((args.host, args.port), _handler(ready_at, body, args.api_key)).serve_forever()

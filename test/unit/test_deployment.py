@@ -30,13 +30,16 @@ from sglang_prefillshare.deployment import (
     StopRequestedError,
     Worker,
     WorkerPlan,
+    choose_backend,
     plan_topology,
     ready_file,
 )
 from sglang_prefillshare.errors import ConfigError, WorkerError
+from sglang_prefillshare.handoff import cuda_memory, proof
 from sglang_prefillshare.process import ExitStatus, StopGrace, describe_exit
 from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.restarts import Restart, RestartPolicy
+from test.support.cuda_driver import FakeDriver, PeerInAThread
 from test.unit.deploying import fake_options, fake_topology, marked, new_mark, nothing_left, topology_data, wait_until
 
 
@@ -155,6 +158,55 @@ def test_gpus_are_dealt_out_over_the_workers(tmp_path: Path) -> None:
     data = topology_data(tmp_path, "", base={"workers": 2, "gpus": [0, 1, 2, 3]}, coder={"workers": 3, "gpus": [4, 5]})
     workers, _ = plan(data, tmp_path)
     assert [worker.env["CUDA_VISIBLE_DEVICES"] for worker in workers] == ["0,1", "2,3", "4", "5", "4"]
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    """One GPU, which each of the two trying processes takes for its first."""
+    driver = FakeDriver({0: []})
+    monkeypatch.setattr(cuda_memory, "_driver", lambda: driver)
+    monkeypatch.setattr(proof, "Peer", PeerInAThread)
+    return driver
+
+
+def test_workers_on_gpus_that_cannot_read_from_each_other_use_nixl_and_up_says_so(
+    tmp_path: Path, driver: FakeDriver, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = topology_data(tmp_path, "", base={"gpus": [0]}, coder={"gpus": [1]})
+    workers, _ = plan(data, tmp_path)
+    assert choose_backend(workers) == workers and driver.exported and driver.mapped
+    driver.has_ipc = False
+    chosen = choose_backend(workers)
+    assert {flag(worker, "--disaggregation-transfer-backend") for worker in chosen} == {"nixl"}
+    told = capsys.readouterr().err
+    assert "GPU 1 of coder cannot take KV over from GPU 0 of base: " in told and told.endswith(
+        "All workers use nixl.\n"
+    )
+    driver.is_full = True
+    assert choose_backend(workers) == workers
+    assert "no handoff was tried" in capsys.readouterr().err
+
+
+def test_a_backend_that_the_topology_names_is_kept_or_refused_before_anything_starts(
+    tmp_path: Path, driver: FakeDriver
+) -> None:
+    driver.has_ipc = False
+    for backend in ("nixl", "prefillshare"):
+        args = {"disaggregation-transfer-backend": backend}
+        data = topology_data(tmp_path, "", base={"gpus": [0], "args": args}, coder={"gpus": [1], "args": args})
+        workers, _ = plan(data, tmp_path)
+        if backend == "nixl":
+            assert choose_backend(workers) == workers
+            continue
+        with pytest.raises(ConfigError, match=r"offers no CUDA IPC.*The topology asks for prefillshare"):
+            choose_backend(workers)
+
+
+def test_workers_on_one_gpu_or_on_none_are_not_tried_in_pairs(tmp_path: Path, driver: FakeDriver) -> None:
+    driver.has_ipc = False
+    for gpus in ({"gpus": [0]}, {}):
+        workers, _ = plan(topology_data(tmp_path, "", base=gpus, coder=gpus), tmp_path)
+        assert choose_backend(workers) == workers
 
 
 def test_a_block_with_a_taken_port_is_passed_over() -> None:
@@ -329,6 +381,15 @@ def test_only_workers_that_are_not_ready_in_time_are_named(tmp_path: Path, mark:
     assert "base" not in str(caught.value)
 
 
+def test_a_worker_that_can_hand_nothing_over_is_not_waited_for(tmp_path: Path, mark: str) -> None:
+    topology = fake_topology(tmp_path, mark, coder={"args": {"fake": "cannot-hand-over"}})
+    with (
+        pytest.raises(WorkerError, match=r"coder can hand no KV over: its memory is closed; choose nixl"),
+        Deployment(topology, options=fake_options(ready_timeout_s=120.0)),
+    ):
+        pass
+
+
 def test_waiting_ends_when_a_stop_is_requested(tmp_path: Path, mark: str) -> None:
     with Deployment(fake_topology(tmp_path, mark), options=fake_options()) as deployment:
         deployment.request_stop()
@@ -422,6 +483,7 @@ def test_a_restart_that_fails_or_is_not_ready_in_time_counts_as_a_death(tmp_path
     for mode, reason in (
         ("dies-at-start", "ended before it was ready: exit status 3"),
         ("never-ready", "was ended: not ready within 5 s (last: status 503 at /prefill_share)"),
+        ("cannot-hand-over", "was ended: can hand no KV over: its memory is closed; choose nixl"),
     ):
         told, restored, spoilt = Restarts(), list[str](), tmp_path / mode
         topology = fake_topology(tmp_path, mark, coder={"args": {"fake-if": [str(spoilt), mode]}})

@@ -10,20 +10,56 @@ made with the device's primary context (the one that PyTorch uses) current, whic
 
 from __future__ import annotations
 
+import ctypes
+import os
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from sglang_prefillshare.errors import HandoffError
+from sglang_prefillshare.handoff.memory import CHOOSE_NIXL
 
 CANNOT_EXPORT: Final = (
     "cannot export its KV pool over CUDA IPC: {error}. Unset expandable_segments in PYTORCH_ALLOC_CONF and "
-    "--enable-memory-saver, or choose --disaggregation-transfer-backend nixl."
+    f"--enable-memory-saver, or {CHOOSE_NIXL}."
+)
+NO_IPC: Final = (
+    "cannot export its KV pool: {error}. This GPU's driver offers no CUDA IPC (a virtual GPU, a slice of one, WSL, "
+    f"Tegra): {CHOOSE_NIXL}."
 )
 CANNOT_MAP: Final = (
     "cannot map the prefill worker's KV pool from GPU {uuid}: {error}. Both GPUs must be on this host and be peers "
-    "(nvidia-smi topo -p2p r), and containers must share the IPC namespace; otherwise choose nixl."
+    "(nvidia-smi topo -p2p r), and containers must share the IPC namespace (--ipc host); otherwise choose nixl."
 )
+HIDDEN: Final = (
+    "cannot map the prefill worker's KV pool from GPU {uuid}: {error}, and CUDA_VISIBLE_DEVICES={visible} hides that "
+    "GPU from this worker. Show both workers both GPUs and tell them apart by --base-gpu-id, or choose "
+    "--disaggregation-transfer-backend nixl."
+)
+NO_PEERS: Final = (
+    "cannot map the prefill worker's KV pool: its GPU {uuid} and GPU {own} of this worker are no peers (nvidia-smi "
+    f"topo -p2p r). Start both workers on one GPU or on peers, or {CHOOSE_NIXL}."
+)
+NO_DRIVER: Final = (
+    "the library of the NVIDIA driver cannot be loaded: {error} Install the driver, start the container with the "
+    f"GPUs' driver in it (--gpus all), or {CHOOSE_NIXL}."
+)
+_NOT_SUPPORTED: Final = "CUDA_ERROR_NOT_SUPPORTED"
+_BUSY: Final = ("CUDA_ERROR_OUT_OF_MEMORY", "CUDA_ERROR_DEVICE_UNAVAILABLE")
+
+
+class DriverError(HandoffError):
+    """A call of the driver did not succeed; `status` is its name of the reason."""
+
+    def __init__(self, function: str, status: str) -> None:
+        super().__init__(f"{function} returned {status}")
+        self.status = status
+
+    @property
+    def is_for_want_of_room(self) -> bool:
+        """Whether the GPU had no memory, or (in exclusive mode) no place, for another process: nothing is proved."""
+        return self.status in _BUSY
 
 
 @contextmanager
@@ -65,17 +101,27 @@ class CudaAllocations:
                         bases[base] = len(self.handles)
                         self.handles.append(bytes(handle.reserved))
                     self.places.append((bases[base], address - base))
-        except HandoffError as error:
-            raise HandoffError("this prefill worker " + CANNOT_EXPORT.format(error=error)) from error
+        except DriverError as error:
+            reason = NO_IPC if error.status == _NOT_SUPPORTED else CANNOT_EXPORT
+            raise HandoffError("this prefill worker " + reason.format(error=error)) from error
 
 
 class CudaMapping:
-    """Allocations of another process, mapped for a device of this one until `close`."""
+    """Allocations of another process, mapped for a device of this one until `close`.
+
+    `device_uuid` is the exporter's GPU. Raises `HandoffError` that names what stands between the two GPUs, as far as
+    this process can see it, and the setting to change.
+    """
 
     def __init__(self, handles: Sequence[bytes], *, device: int, device_uuid: str) -> None:
         driver = _driver()
         self.bases: list[int] = []
         self._device = device
+        reached = reachable_gpus(device)
+        if not reached.get(device_uuid, True):
+            raise HandoffError(
+                "this decode worker " + NO_PEERS.format(uuid=device_uuid, own=_uuid_of(device, driver=driver))
+            )
         try:
             with on_device(device):
                 for raw in handles:
@@ -85,7 +131,12 @@ class CudaMapping:
                     self.bases.append(int(_call(driver.cuIpcOpenMemHandle, handle, flags)[0]))
         except (HandoffError, ValueError) as error:
             self.close()
-            raise HandoffError("this decode worker " + CANNOT_MAP.format(uuid=device_uuid, error=error)) from error
+            if isinstance(error, DriverError) and error.is_for_want_of_room:
+                raise
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            reason = HIDDEN if device_uuid not in reached and visible is not None else CANNOT_MAP
+            text = reason.format(uuid=device_uuid, error=error, visible=visible)
+            raise HandoffError("this decode worker " + text) from error
 
     def close(self) -> None:
         """Unmap; what the driver says to it changes nothing: the memory may have gone with its process."""
@@ -98,11 +149,77 @@ class CudaMapping:
                     _call(driver.cuIpcCloseMemHandle, self.bases.pop())
 
 
+class CudaBuffer:
+    """`size` bytes of a device of this process, an allocation of their own until `close`."""
+
+    def __init__(self, size: int, *, device: int) -> None:
+        self._device = device
+        with on_device(device):
+            self.address = int(_call(_driver().cuMemAlloc, size)[0])
+
+    def close(self) -> None:
+        with on_device(self._device):
+            _call(_driver().cuMemFree, self.address)
+
+
+def read(addresses: Sequence[int], sizes: Sequence[int], *, device: int) -> bytes:
+    """The bytes that lie at device addresses, a peer's mapped ones among them, one range after the other.
+
+    They come by way of memory of this device, as in a handoff, after everything that is under way on the device.
+    """
+    driver = _driver()
+    content = bytearray(sum(sizes))
+    buffer = CudaBuffer(len(content), device=device)
+    try:
+        with on_device(device):
+            _call(driver.cuCtxSynchronize)
+            at = buffer.address
+            for address, size in zip(addresses, sizes, strict=True):
+                _call(driver.cuMemcpyDtoD, at, address, size)
+                at += size
+            here = (ctypes.c_char * len(content)).from_buffer(content)
+            _call(driver.cuMemcpyDtoH, ctypes.addressof(here), buffer.address, len(content))
+    finally:
+        buffer.close()
+    return bytes(content)
+
+
+def write(content: bytes, addresses: Sequence[int], sizes: Sequence[int], *, device: int) -> None:
+    """The reverse of `read`: `content` goes to device addresses of this process, and is there on return."""
+    driver = _driver()
+    source = ctypes.create_string_buffer(content, len(content))
+    with on_device(device):
+        _call(driver.cuCtxSynchronize)
+        at = ctypes.addressof(source)
+        for address, size in zip(addresses, sizes, strict=True):
+            _call(driver.cuMemcpyHtoD, address, at, size)
+            at += size
+        _call(driver.cuCtxSynchronize)
+
+
 def device_uuid(device: int) -> str:
     """The UUID of a CUDA device as this process numbers it."""
-    import torch
+    driver = _driver()
+    _call(driver.cuInit, 0)
+    return _uuid_of(device, driver=driver)
 
-    return str(torch.cuda.get_device_properties(device).uuid)
+
+def reachable_gpus(device: int) -> dict[str, bool]:
+    """Of every GPU that this process sees, by UUID, whether CUDA device `device`, itself or its peer, can read it."""
+    driver = _driver()
+    _call(driver.cuInit, 0)
+    own = _call(driver.cuDeviceGet, device)[0]
+    found: dict[str, bool] = {}
+    for ordinal in range(int(_call(driver.cuDeviceGetCount)[0])):
+        is_own = ordinal == device
+        other = own if is_own else _call(driver.cuDeviceGet, ordinal)[0]
+        found[_uuid_of(ordinal, driver=driver)] = is_own or bool(_call(driver.cuDeviceCanAccessPeer, own, other)[0])
+    return found
+
+
+def _uuid_of(device: int, *, driver: Any) -> str:
+    handle = _call(driver.cuDeviceGet, device)[0]
+    return str(uuid.UUID(bytes=bytes(_call(driver.cuDeviceGetUuid, handle)[0].bytes)))
 
 
 def _driver() -> Any:
@@ -117,8 +234,11 @@ def _driver() -> Any:
 
 
 def _call(function: Any, *arguments: Any) -> tuple[Any, ...]:
-    """Call the driver; its first value is a status, an error raises `HandoffError`, the others are returned."""
-    status, *values = function(*arguments)
+    """Call the driver; its first value is a status, an error raises `DriverError`, the others are returned."""
+    try:
+        status, *values = function(*arguments)
+    except RuntimeError as error:  # of cuda-python, which looks for the driver's library at the first call
+        raise HandoffError(NO_DRIVER.format(error=error)) from error
     if int(status) != 0:
-        raise HandoffError(f"{function.__name__} returned {status.name}")
+        raise DriverError(function.__name__, status.name)
     return tuple(values)

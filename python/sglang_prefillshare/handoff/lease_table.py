@@ -16,7 +16,7 @@ import threading
 from dataclasses import dataclass
 from typing import Final
 
-import torch
+import numpy as np
 
 from sglang_prefillshare.errors import HandoffError
 from sglang_prefillshare.handoff.memory import RegionHandle, SharedRegion
@@ -40,12 +40,12 @@ class LeaseTable:
 
     def __init__(self, region: SharedRegion) -> None:
         self._region = region
-        self._words = region.tensor(0, (SLOT_COUNT,), torch.int64).numpy()
+        self._words = region.array(np.int64)
         self._free = list(range(SLOT_COUNT - 1, -1, -1))
 
     @classmethod
     def create(cls) -> LeaseTable:
-        return cls(SharedRegion.create(SLOT_COUNT * _WORD_BYTES, name="prefillshare-leases"))
+        return cls(create_lease_region())
 
     @property
     def handle(self) -> RegionHandle:
@@ -70,6 +70,11 @@ class LeaseTable:
         self._free.append(mark.slot)
 
 
+def create_lease_region() -> SharedRegion:
+    """Where the words of a prefill worker lie: none of them is a lease's."""
+    return SharedRegion.create(SLOT_COUNT * _WORD_BYTES, name="prefillshare-leases")
+
+
 class LeaseView:
     """Decode's side: the same words, read-only."""
 
@@ -80,7 +85,7 @@ class LeaseView:
                 "Run the same sglang-prefillshare version on prefill and decode."
             )
         self._region = SharedRegion.attach(handle)
-        self._words = self._region.tensor(0, (SLOT_COUNT,), torch.int64).numpy()
+        self._words = self._region.array(np.int64)
         self._lock = threading.Lock()
 
     def holds(self, mark: LeaseMark) -> bool:

@@ -11,9 +11,10 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from sglang_prefillshare.errors import HandoffError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 ALIGNMENT: Final = 4096
+CHOOSE_NIXL: Final = "choose --disaggregation-transfer-backend nixl"
 
 
 def align(size: int) -> int:
@@ -53,11 +55,17 @@ class SharedRegion:
     @classmethod
     def create(cls, size: int, *, name: str) -> SharedRegion:
         """Allocate a region that this process owns; pages are taken from memory when they are first written."""
-        fd = os.memfd_create(name, os.MFD_CLOEXEC)
-        os.fchmod(fd, 0o600)
-        os.ftruncate(fd, size)
-        handle = RegionHandle(pid=os.getpid(), started=process_start(os.getpid()), fd=fd, size=size)
-        region = cls(mmap.mmap(fd, size), handle=handle)
+        try:
+            fd = os.memfd_create(name, os.MFD_CLOEXEC)
+            os.fchmod(fd, 0o600)
+            os.ftruncate(fd, size)
+            handle = RegionHandle(pid=os.getpid(), started=process_start("self"), fd=fd, size=size)
+            region = cls(mmap.mmap(fd, size), handle=handle)
+        except OSError as error:
+            raise HandoffError(
+                f"cannot make {size} bytes of shared memory: {error.strerror}. Raise the limits of the process (ulimit "
+                f"-a) or of its container, or {CHOOSE_NIXL}."
+            ) from error
         cls._owned.append(region)
         return region
 
@@ -94,6 +102,10 @@ class SharedRegion:
                 return region, offset
         return None
 
+    def array(self, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """A view of all of it as numbers; of a peer's region, read-only."""
+        return np.frombuffer(self._mapping, dtype=dtype)
+
     def tensor(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A view of the region as a contiguous tensor of `shape` and `dtype` that starts at byte `offset`."""
         import torch
@@ -107,7 +119,30 @@ class SharedRegion:
         return flat.view(dtype).view(shape)
 
 
-def process_start(pid: int) -> int:
-    """When process `pid` started, in clock ticks since boot; raises `OSError` if there is none."""
+def memory_space(*namespaces: str) -> str:
+    """Names this host since it booted, and the process's `namespaces` (`pid`, `ipc`): equal where they are shared."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return " ".join([boot, *(os.readlink(f"/proc/self/ns/{name}") for name in namespaces)])
+
+
+def watch_process(pid: int, started: int) -> int:
+    """A pidfd of the peer's process `pid`, which tells of its end. Raises `HandoffError` if it cannot be seen."""
+    try:
+        if process_start(pid) != started:
+            raise ProcessLookupError(pid)
+        return os.pidfd_open(pid)
+    except OSError as error:
+        raise HandoffError(
+            f"process {pid} of the peer cannot be seen from here ({error.strerror or 'it is gone'}). The prefillshare "
+            "backend needs both workers on one host and in one PID namespace, with its own /proc (--pid host, or one "
+            f"container for both); otherwise {CHOOSE_NIXL}."
+        ) from error
+
+
+def process_start(pid: int | Literal["self"]) -> int:
+    """When process `pid` started, in clock ticks since boot; raises `OSError` if there is none.
+
+    Of itself a process asks as `self`: by number it finds itself only where /proc is of its own PID namespace.
+    """
     stat = Path(f"/proc/{pid}/stat").read_text()
     return int(stat.rpartition(")")[2].split()[19])

@@ -1,4 +1,4 @@
-"""`prefillshare doctor`: is this machine and its SGLang what our roles need? Every seam, the versions, the device."""
+"""`prefillshare doctor`: is this machine and its SGLang what roles need? Versions, device, every seam, a handoff."""
 
 from __future__ import annotations
 
@@ -13,23 +13,31 @@ from rich.table import Table
 import sglang_prefillshare
 from sglang_prefillshare.environment import cpu_has_bfloat16, instruction_sets
 from sglang_prefillshare.errors import PrefillShareError, SeamError
-from sglang_prefillshare.handoff.cuda_memory import CudaAllocations
-from sglang_prefillshare.host import seams
+from sglang_prefillshare.handoff import cuda_memory
+from sglang_prefillshare.host import flags, seams, trial
 
 _ENTRY_POINTS = (("sglang.srt.plugins", "prefillshare"), ("sglang.srt.platforms", "prefillshare_cpu"))
 _PACKAGES = ("torch", "triton", "transformers", "sglang-kernel", "numba", "cuda-python", "nixl")
 
 
-def main() -> int:
-    """Print the report to standard output; 0 if everything a role needs is there, 1 otherwise."""
+def main(*, quick: bool = False, backend: str | None = None) -> int:
+    """Print the report to standard output; 0 if everything a role needs is there, 1 otherwise.
+
+    `quick` leaves the handoff out. `backend` is the transfer backend to try it with; None: the one that a worker
+    chooses.
+    """
     console = Console()
     problems = [*_versions(console), *_entry_points(console)]
-    if _installed("sglang") != "not installed":
+    has_sglang = _installed("sglang") != "not installed"
+    if has_sglang:
         problems += _seams(console)
     for problem in problems:
         console.print(f"[red]missing[/red]  {problem}", highlight=False, soft_wrap=True)
-    console.print("[red]Not ready.[/red]" if problems else "[green]Ready.[/green]")
-    return 1 if problems else 0
+    is_ready = not problems
+    if has_sglang and not quick and is_ready:
+        is_ready = _handoff(console, backend or flags.default_backend(None))
+    console.print("[green]Ready.[/green]" if is_ready else "[red]Not ready.[/red]")
+    return 0 if is_ready else 1
 
 
 def _versions(console: Console) -> Iterator[str]:
@@ -41,7 +49,6 @@ def _versions(console: Console) -> Iterator[str]:
         table.add_row(package, _installed(package))
     table.add_row("python", platform.python_version())
     table.add_row("device", _device())
-    table.add_row("handoff on one host", _handoff())
     console.print(table)
     if found != seams.SGLANG_VERSION:
         yield (
@@ -70,19 +77,43 @@ def _device() -> str:
     return f"CPU, {cores} cores ({platform.machine()}; {abilities}); computes in {dtype}"
 
 
-def _handoff() -> str:
-    """Whether KV pools of this machine can be read by another process, which our own transfer backend needs."""
+def _handoff(console: Console, backend: str) -> bool:
+    """Hand pages over between two processes, as workers of this machine would; whether all of them arrived."""
+    device = trial.default_device()
+    console.print(f"[italic]Handoff[/italic] ({backend}, {device}; two processes load SGLang for it)")
+    for note in _gpus_apart():
+        console.print(f"  {note}", highlight=False, soft_wrap=True)
+    try:
+        flags.refuse_allocator(backend, os.environ)
+        proof = trial.prove(backend=backend, device=device)
+    except PrefillShareError as error:
+        console.print("  [red]failed[/red]  ", end="")
+        console.print(str(error), highlight=False, soft_wrap=True, markup=False)
+        return False
+    sizes = ", ".join(map(str, proof.page_sizes))
+    console.print(
+        f"    [green]ok[/green]  {proof.pages} pages of {sizes} tokens, {proof.byte_count / 2**20:.1f} MiB, all bytes "
+        f"equal, in {proof.seconds:.1f} s",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return True
+
+
+def _gpus_apart() -> Iterator[str]:
+    """Pairs of GPUs that cannot map each other's memory: no fault, but nothing that workers could share KV over."""
     try:
         import torch
-    except ImportError:
-        return "unknown: torch is not installed"
-    if not torch.cuda.is_available():
-        return "shared memory"
-    try:
-        CudaAllocations([torch.zeros(1 << 20, dtype=torch.uint8, device="cuda:0").data_ptr()], device=0)
-    except PrefillShareError as error:
-        return f"nixl only: {error}"
-    return "CUDA IPC"
+
+        for device in range(torch.cuda.device_count()):
+            reached = cuda_memory.reachable_gpus(device)
+            for uuid in (uuid for uuid, is_peer in reached.items() if not is_peer):
+                yield (
+                    f"GPU {device} and GPU {uuid} are no peers: workers on the two need "
+                    "--disaggregation-transfer-backend nixl."
+                )
+    except PrefillShareError:
+        return  # the trial says what is wrong
 
 
 def _entry_points(console: Console) -> Iterator[str]:

@@ -10,7 +10,7 @@ import argparse
 import ipaddress
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -134,7 +134,7 @@ def configure(role: Role, args: argparse.Namespace) -> RoleSettings:
             )
         setattr(args, name, value)
     if "disaggregation_transfer_backend" not in explicit:
-        args.disaggregation_transfer_backend = _default_backend(args.host)
+        args.disaggregation_transfer_backend = default_backend(args.host)
     _refuse_backend(args)
     if not args.prefill_share_lease_timeout > 0:
         raise ConfigError(
@@ -144,7 +144,7 @@ def configure(role: Role, args: argparse.Namespace) -> RoleSettings:
     return _identify(role, args)
 
 
-def _default_backend(host: str | None) -> str:
+def default_backend(host: str | None) -> str:
     """Ours where nobody else can be meant: a worker that listens on loopback only is paired on its own host."""
     if _is_loopback(host):
         return BACKEND_NAME
@@ -240,17 +240,22 @@ def _refuse_backend(args: argparse.Namespace) -> None:
         raise ConfigError("--load-format dummy serves random weights under the base's identity. Remove the flag.")
     if backend == "fake":
         raise ConfigError("--disaggregation-transfer-backend fake moves no KV. Choose prefillshare or nixl.")
-    for name in _ALLOC_CONFS if backend == BACKEND_NAME else ():
-        if "expandable_segments:true" in os.environ.get(name, "").lower():
-            raise ConfigError(
-                f"{name} asks for expandable segments, which CUDA cannot share with another process. Unset it, or "
-                "choose --disaggregation-transfer-backend nixl."
-            )
+    refuse_allocator(backend, os.environ)
     if backend == BACKEND_NAME and args.enable_memory_saver:
         raise ConfigError(
             "--enable-memory-saver reserves the KV pool in a way that CUDA cannot share with another process. Remove "
             "the flag, or choose --disaggregation-transfer-backend nixl."
         )
+
+
+def refuse_allocator(backend: str, environ: Mapping[str, str]) -> None:
+    """Raise `ConfigError` where PyTorch is told to allocate memory that our backend cannot export."""
+    for name in _ALLOC_CONFS if backend == BACKEND_NAME else ():
+        if "expandable_segments:true" in environ.get(name, "").lower():
+            raise ConfigError(
+                f"{name} asks for expandable segments, which CUDA cannot share with another process. Unset it, or "
+                "choose --disaggregation-transfer-backend nixl."
+            )
 
 
 def _set_environment(args: argparse.Namespace) -> None:

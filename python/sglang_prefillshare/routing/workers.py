@@ -84,12 +84,12 @@ def judge(workers: Sequence[Observation], *, incumbent: str | None) -> tuple[str
         most = max(votes.values())
         leaders = [fingerprint for fingerprint, count in votes.items() if count == most]
         reference = incumbent if incumbent in leaders else leaders[0]
-    backend = next((info.transfer_backend for info in prefill_infos if info.base_fingerprint == reference), None)
+    pool = [info for info in prefill_infos if info.base_fingerprint == reference]
 
     for worker in workers:
         if worker.url not in verdicts:
             assert worker.info is not None
-            verdicts[worker.url] = _base_verdict(worker.info, reference=reference, backend=backend)
+            verdicts[worker.url] = _base_verdict(worker.info, reference=reference, pool=pool)
     return reference, verdicts
 
 
@@ -99,6 +99,8 @@ def _own_misfit(worker: Observation) -> Verdict | None:
     if worker.info is None:
         return Verdict(Status.REFUSED, worker.problem)
     info = worker.info
+    if info.handoff_failure is not None:
+        return Verdict(Status.REFUSED, f"it can hand no KV over: {info.handoff_failure}")
     if not isinstance(info.base_fingerprint, str):
         return Verdict(Status.REFUSED, f"its base_fingerprint is {info.base_fingerprint!r}, wanted a string")
     if info.role is not worker.role:
@@ -131,7 +133,8 @@ def _least(values: Sequence[int | None]) -> int | None:
     return min(known, default=None)
 
 
-def _base_verdict(info: WorkerInfo, *, reference: str | None, backend: str | None) -> Verdict:
+def _base_verdict(info: WorkerInfo, *, reference: str | None, pool: Sequence[WorkerInfo]) -> Verdict:
+    """`pool`: the prefill workers of the reference base. Each of them must be able to serve every decode worker."""
     if reference is None:
         return Verdict(Status.STARTING, "no prefill worker has named its base yet")
     if info.base_fingerprint != reference:
@@ -141,11 +144,28 @@ def _base_verdict(info: WorkerInfo, *, reference: str | None, backend: str | Non
             f"it {what} the base {info.base_fingerprint}, and the prefill pool holds {reference}: "
             "start it with the same base",
         )
-    if backend is not None and info.transfer_backend != backend:
+    if pool and info.transfer_backend != pool[0].transfer_backend:
         return Verdict(
             Status.REFUSED,
-            f"its transfer backend is {info.transfer_backend!r}, and the prefill pool's is {backend!r}",
+            f"its transfer backend is {info.transfer_backend!r}, and the prefill pool's is "
+            f"{pool[0].transfer_backend!r}",
         )
+    if pool and info.pool_space != pool[0].pool_space:
+        return Verdict(
+            Status.REFUSED,
+            f"it is on another host than the prefill pool, or in a container of its own ({info.pool_space}, and the "
+            f"pool is in {pool[0].pool_space}): give the containers one PID namespace and, with GPUs, one IPC "
+            "namespace (--pid host --ipc host), or start all workers with --disaggregation-transfer-backend nixl",
+        )
+    reach = info.gpus_in_reach if info.role is Role.DECODE and isinstance(info.gpus_in_reach, dict) else {}
+    for prefill in pool:
+        if prefill.gpu is not None and reach.get(prefill.gpu) is False:
+            return Verdict(
+                Status.REFUSED,
+                f"its GPU {info.gpu} cannot read from GPU {prefill.gpu} of a prefill worker, they are no peers "
+                "(nvidia-smi topo -p2p r): start both on one GPU or on peers, or start all workers with "
+                "--disaggregation-transfer-backend nixl",
+            )
     return Verdict(Status.READY, None)
 
 

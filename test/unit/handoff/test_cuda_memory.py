@@ -10,7 +10,7 @@ import pytest
 from sglang_prefillshare.errors import HandoffError
 from sglang_prefillshare.handoff import cuda_memory
 from sglang_prefillshare.handoff.cuda_memory import CudaAllocations, CudaMapping
-from test.support.cuda_driver import HANDLE_BYTES, FakeDriver, handle_of
+from test.support.cuda_driver import HANDLE_BYTES, MAPPED_AT, FakeDriver, handle_of, uuid_of
 
 A, B, C = 0x7F00_0000_0000, 0x7F00_1000_0000, 0x7F00_2000_0000
 
@@ -60,6 +60,13 @@ def test_memory_that_the_driver_cannot_export_is_refused_with_the_setting_to_cha
     assert isinstance(refused.value.__cause__, HandoffError)
 
 
+def test_a_driver_without_ipc_is_refused_as_such(driver: FakeDriver) -> None:
+    driver.has_ipc = False
+    with pytest.raises(HandoffError, match=r"offers no CUDA IPC.*--disaggregation-transfer-backend nixl") as refused:
+        CudaAllocations([A], device=1)
+    assert "expandable_segments" not in str(refused.value)
+
+
 # ---- mapping -------------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +114,55 @@ def test_bytes_that_are_no_handle_are_refused_and_what_was_opened_before_them_is
     with pytest.raises(HandoffError, match=f"cannot map .*reserved length must be 64, is {len(raw)}"):
         CudaMapping([handle_of(A), raw], device=1, device_uuid="GPU-7")
     assert (driver.mapped, driver.closed) == ([], [A + (1 << 40)])
+
+
+def test_gpus_that_are_no_peers_are_refused_before_anything_is_opened(driver: FakeDriver) -> None:
+    driver.are_peers = False
+    with pytest.raises(
+        HandoffError, match=r"are no peers \(nvidia-smi topo -p2p r\).*transfer-backend nixl"
+    ) as refused:
+        CudaMapping([handle_of(A)], device=1, device_uuid=uuid_of(0))
+    assert uuid_of(0) in str(refused.value) and uuid_of(1) in str(refused.value)
+    assert driver.calls == []
+    CudaMapping([handle_of(A)], device=1, device_uuid=uuid_of(1)).close()  # on its own GPU it needs no peer
+
+
+def test_a_gpu_that_is_hidden_from_the_worker_is_named_with_the_variable_that_hides_it(
+    driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only where mapping fails: drivers can map memory of GPUs that the process does not see."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    CudaMapping([handle_of(A)], device=1, device_uuid="of-no-gpu-here").close()
+    driver.cannot_open = {A}
+    with pytest.raises(HandoffError, match=r"CUDA_VISIBLE_DEVICES=1 hides that GPU.*--base-gpu-id"):
+        CudaMapping([handle_of(A)], device=1, device_uuid="of-no-gpu-here")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(HandoffError, match="share the IPC namespace"):
+        CudaMapping([handle_of(A)], device=1, device_uuid="of-no-gpu-here")
+
+
+def test_of_every_visible_gpu_it_is_known_whether_it_can_be_read(driver: FakeDriver) -> None:
+    assert cuda_memory.reachable_gpus(1) == {uuid_of(0): True, uuid_of(1): True}
+    driver.are_peers = False
+    assert cuda_memory.reachable_gpus(1) == {uuid_of(0): False, uuid_of(1): True}
+    assert cuda_memory.device_uuid(0) == uuid_of(0)
+
+
+# ---- copying -------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_written_is_read_also_through_a_mapping(driver: FakeDriver) -> None:
+    first, second = (cuda_memory.CudaBuffer(8, device=1) for _ in range(2))
+    cuda_memory.write(b"abcdefgh12345678", [first.address, second.address], [8, 8], device=1)
+    mapping = CudaMapping(CudaAllocations([second.address], device=1).handles, device=1, device_uuid=uuid_of(1))
+    assert cuda_memory.read([mapping.bases[0] + 4, first.address], [4, 2], device=1) == b"5678ab"
+    mapping.close()
+    with pytest.raises(HandoffError, match="cuMemcpyDtoD returned CUDA_ERROR_INVALID_VALUE"):
+        cuda_memory.read([second.address + MAPPED_AT], [4], device=1)
+    first.close()
+    second.close()
+    assert driver.allocations[1] == [(A, 1 << 20), (B, 1 << 16), (C, 1 << 16)]  # nothing is left behind
+    assert driver.retained == {1: 0}
 
 
 # ---- contexts ------------------------------------------------------------------------------------------------------
@@ -159,4 +215,25 @@ def test_without_cuda_python_the_package_to_install_is_named(monkeypatch: pytest
         lambda: CudaMapping([handle_of(A)], device=1, device_uuid="GPU-7"),
     ):
         with pytest.raises(HandoffError, match=r"the package cuda-python is not installed.*Install it, or choose"):
+            use()
+
+
+def test_without_the_drivers_library_the_refusal_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuda-python loads it at the first call, and raises an error of its own."""
+
+    class DynamicLibNotFoundError(RuntimeError):
+        pass
+
+    def without_library(_flags: int) -> None:
+        raise DynamicLibNotFoundError("libcuda.so.1 was not found.")
+
+    driver = FakeDriver({0: [(A, 4096)]})
+    monkeypatch.setattr(driver, "cuInit", without_library)
+    monkeypatch.setattr(cuda_memory, "_driver", lambda: driver)
+    for use in (
+        lambda: CudaAllocations([A], device=0),
+        lambda: CudaMapping([handle_of(A)], device=0, device_uuid=uuid_of(0)),
+        lambda: cuda_memory.device_uuid(0),
+    ):
+        with pytest.raises(HandoffError, match=r"libcuda\.so\.1 was not found\. Install the driver.*--gpus all.*nixl"):
             use()

@@ -61,9 +61,35 @@ def test_each_misfit_is_refused_with_both_values():
     assert "base-2" in reason(replace(decode, info=replace(told, base_fingerprint="base-2")))
     assert "'nixl'" in reason(replace(decode, info=replace(told, transfer_backend="nixl")))
     assert "bootstrap_port" in reason(seen("p2", bootstrap_port=None))
+    unable = replace(told, handoff_failure="the pool is closed; choose nixl")
+    assert reason(replace(decode, info=unable)) == "it can hand no KV over: the pool is closed; choose nixl"
     assert reason(replace(decode, info=None, problem="it is odd")) == "it is odd"
 
 
 def test_a_misfit_prefill_worker_has_no_vote():
     misfit = [seen(f"p{i}", base_fingerprint="b", boundary="other-rule") for i in range(3)]
     assert judge([*misfit, seen("p9")], incumbent=None)[0] == "base-1"
+
+
+def test_a_worker_in_a_container_of_its_own_is_refused_before_a_request_comes():
+    prefill, decode = seen("p", pool_space="boot pid:[1]"), seen("d", Role.DECODE, "planner", pool_space="boot pid:[2]")
+    other = seen("p2", pool_space="boot pid:[2]")
+    verdicts = judge([prefill, decode, other], incumbent=None)[1]
+    assert [verdicts[url].status for url in ("p", "d", "p2")] == [Status.READY, Status.REFUSED, Status.REFUSED]
+    for part in ("boot pid:[1]", "boot pid:[2]", "--pid host --ipc host", "--disaggregation-transfer-backend nixl"):
+        assert part in str(verdicts["d"].reason)
+    assert statuses(other, decode)["d"] is Status.READY
+
+
+def test_gpus_that_are_no_peers_are_refused_before_a_request_comes():
+    """What a worker does not see of the other's GPU it finds out when it maps the pool."""
+    on = {"gpu": "A", "gpus_in_reach": {"A": True, "B": False}}
+    beside = {"gpu": "B", "gpus_in_reach": {"A": False, "B": True}}
+    prefill, far = seen("p", **on), seen("d", Role.DECODE, "planner", **beside)
+    verdict = judge([prefill, far], incumbent=None)[1]["d"]
+    assert verdict.status is Status.REFUSED
+    for part in ("its GPU B cannot read from GPU A", "topo -p2p r", "--disaggregation-transfer-backend nixl"):
+        assert part in str(verdict.reason)
+    for near in (on, {"gpu": "B", "gpus_in_reach": {"A": True, "B": True}}, {"gpu": "B", "gpus_in_reach": {"B": True}}):
+        assert statuses(prefill, seen("d", Role.DECODE, "planner", **near))["d"] is Status.READY
+    assert statuses(prefill, seen("d", Role.DECODE, "planner", gpu="B", gpus_in_reach="?"))["d"] is Status.READY

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
+from http import HTTPStatus
 from typing import Any, Final
 
 import sglang_prefillshare
@@ -42,6 +43,8 @@ _CLOSED_PREFIXES: Final = {
     "/pd_role_switch": "a worker cannot change sides.",
 }
 
+_HEALTH_PATHS: Final = ("/health", "/health_generate", "/ready")
+
 _leg: ContextVar[dict[str, int] | None] = ContextVar("prefill_share_leg", default=None)
 
 
@@ -54,6 +57,8 @@ def get_init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
         "page_size": self.page_size,
         "max_running_requests": self.max_running_requests,
         "max_total_tokens": self.max_total_num_tokens,
+        "handoff_failure": role.handoff_failure,
+        "pool_place": dict(role.pool_place),
     }
     return result
 
@@ -65,14 +70,24 @@ def setup_http_server(
     from sglang.srt.entrypoints import http_server
 
     infos = kwargs.get("scheduler_infos") or args[2]
-    description = _describe(tokenizer_manager, infos[0][INIT_INFO_KEY]).to_json()
+    ranks = [info[INIT_INFO_KEY] for info in infos if INIT_INFO_KEY in info]
+    failure = next((rank["handoff_failure"] for rank in ranks if rank["handoff_failure"] is not None), None)
+    description = _describe(tokenizer_manager, {**ranks[0], "handoff_failure": failure}).to_json()
 
     async def worker_info() -> dict[str, Any]:
         return description
 
     http_server.app.add_api_route(WORKER_INFO_PATH, worker_info, methods=["GET"])
-    http_server.app.add_middleware(LegMiddleware)
+    http_server.app.add_middleware(
+        LegMiddleware, handoff_failure=failure, is_warming_up=lambda: _is_warming_up(tokenizer_manager)
+    )
     return original(server_args, tokenizer_manager, *args, **kwargs)
+
+
+def _is_warming_up(tokenizer_manager: Any) -> bool:
+    from sglang.srt.managers.tokenizer_manager import ServerStatus
+
+    return bool(tokenizer_manager.server_status == ServerStatus.Starting)
 
 
 def _describe(tokenizer_manager: Any, scheduler: dict[str, Any]) -> WorkerInfo:
@@ -97,14 +112,28 @@ def _describe(tokenizer_manager: Any, scheduler: dict[str, Any]) -> WorkerInfo:
         version=sglang_prefillshare.__version__,
         vocab_size=limits.vocab_size,
         max_prompt_bytes=limits.max_prompt_bytes,
+        handoff_failure=scheduler["handoff_failure"],
+        **scheduler["pool_place"],
     )
 
 
 class LegMiddleware:
-    """Refuse endpoints that would break a contract, and report a leg's token counts in response headers."""
+    """Refuse endpoints that would break a contract, and report a leg's token counts in response headers.
 
-    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+    A worker that can hand no KV over answers 503 with the reason where it is asked whether it is well, and, after
+    SGLang's own warm-up, to every request.
+    """
+
+    def __init__(
+        self,
+        app: Callable[..., Awaitable[None]],
+        *,
+        handoff_failure: str | None = None,
+        is_warming_up: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._app = app
+        self._handoff_failure = handoff_failure
+        self._is_warming_up = is_warming_up
 
     async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -114,6 +143,11 @@ class LegMiddleware:
             if scope["path"].startswith(prefix):
                 await _refuse(send, f"{scope['path']} is not supported on a worker with a PrefillShare role: {reason}")
                 return
+        if self._handoff_failure is not None and (
+            scope["path"] in _HEALTH_PATHS or (scope["method"] == "POST" and not self._is_warming_up())
+        ):
+            await _refuse(send, self._handoff_failure, status=HTTPStatus.SERVICE_UNAVAILABLE)
+            return
         counts: dict[str, int] = {}
         _leg.set(counts)
 
@@ -129,10 +163,12 @@ class LegMiddleware:
             await _refuse(send, f"The request has arrays or objects inside one another over {MAX_DEPTH} deep.")
 
 
-async def _refuse(send: Any, reason: str) -> None:
-    body = json.dumps({"error": {"message": reason, "type": "BadRequestError", "code": 400}}).encode()
+async def _refuse(send: Any, reason: str, *, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
+    """An error in SGLang's form."""
+    kind = "BadRequestError" if status == HTTPStatus.BAD_REQUEST else "ServiceUnavailableError"
+    body = json.dumps({"error": {"message": reason, "type": kind, "code": int(status)}}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 400, "headers": headers})
+    await send({"type": "http.response.start", "status": int(status), "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 

@@ -19,9 +19,9 @@ from sglang_prefillshare.host.roles.grammar import blame_request
 from sglang_prefillshare.host.roles.role import (
     NO_BASE,
     attach_role,
+    check_handoff,
     is_fake_transfer,
     needs_no_base_kv,
-    refuse_unsupported_pool,
     role_of,
 )
 from sglang_prefillshare.host.transfer import metrics as handoff_metrics
@@ -37,7 +37,7 @@ def init_disaggregation(original: Callable[..., None], self: Any) -> None:
     attach_role(self)
     handoff_metrics.prepare("decode")
     original(self)
-    refuse_unsupported_pool(self)
+    check_handoff(self)
     manager = self.disagg_decode_prealloc_queue.kv_manager
     if getattr(manager, "on_cuda", False):
         manager.forward_stream = self.forward_stream

@@ -13,8 +13,8 @@ from sglang_prefillshare.host.roles.provenance import Provenance
 from sglang_prefillshare.host.roles.role import (
     NO_BASE,
     attach_role,
+    check_handoff,
     is_fake_transfer,
-    refuse_unsupported_pool,
     role_of,
 )
 from sglang_prefillshare.host.transfer import metrics as handoff_metrics
@@ -30,7 +30,7 @@ def init_disaggregation(original: Callable[..., None], self: Any) -> None:
     self.tree_cache._prefill_share_provenance = Provenance(self.token_to_kv_pool_allocator.get_kvcache())
     original(self)
     self.disagg_metadata_buffers._prefill_share_scheduler = self
-    refuse_unsupported_pool(self)
+    check_handoff(self)
 
 
 def create_generation_req(original: Callable[..., Any], self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from sglang_prefillshare.errors import HandoffError, SeamError
+from sglang_prefillshare.handoff.proof import UntriedError, explain
 from sglang_prefillshare.handoff.receipt import Receipt
 from sglang_prefillshare.protocol import Role
-from sglang_prefillshare.settings import RoleSettings, current_settings
+from sglang_prefillshare.settings import BACKEND_NAME, RoleSettings, current_settings
+
+logger = logging.getLogger(__name__)
 
 FAKE_BOOTSTRAP_HOST: Final = "2.2.2.2"
 """SGLang's own health checks and warm-up name this host: they move no KV. So does a prompt of one token, which needs
@@ -38,6 +43,10 @@ class SchedulerRole:
     kv_dtype: str
     fingerprint: str
     """`BaseIdentity.runtime_fingerprint` of the base whose KV this worker writes or reads, in its KV dtype."""
+    handoff_failure: str | None = None
+    """Why this worker can hand no KV over: it serves nothing then, and says so."""
+    pool_place: Mapping[str, Any] = field(default_factory=dict)
+    """Where its pool is, in the fields of `WorkerInfo` that say so; empty with other backends than ours."""
 
     @property
     def namespace(self) -> str:
@@ -68,8 +77,12 @@ def role_of(scheduler: Any) -> SchedulerRole:
     return role
 
 
-def refuse_unsupported_pool(scheduler: Any) -> None:
-    """Stop a worker whose KV is more than one K and one V per token and layer: x1..x(n-1) would not be all of it."""
+def check_handoff(scheduler: Any) -> None:
+    """Stop a worker whose KV is more than one K and one V per token and layer: x1..x(n-1) would not be all of it.
+
+    With our own backend a page is handed over once, with a process of our own. A worker that cannot do that stays up,
+    to say so: `SchedulerRole.handoff_failure`.
+    """
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
     role = role_of(scheduler)
@@ -85,3 +98,18 @@ def refuse_unsupported_pool(scheduler: Any) -> None:
             f"this model keeps its KV in a {type(pool).__name__} with extra state {state_types}; PrefillShare hands "
             "over multi-head and grouped-query attention caches (Llama, Qwen3, …). Serve it without a role."
         )
+    if role.settings.transfer_backend != BACKEND_NAME:
+        return  # it has registered the pool by now, or has ended the worker
+    started = time.monotonic()
+    try:
+        role = replace(role, pool_place=queue.kv_manager.place())
+        queue.kv_manager.prove()
+        logger.info("A page was handed over with a process of our own, in %.2f s", time.monotonic() - started)
+    except Exception as error:  # of the driver, of the kernel's compiler: each means that no request can be served
+        reason = explain(error)
+        if isinstance(reason, UntriedError):
+            logger.warning("Whether KV can be handed over was not tried: %s", reason)
+        else:
+            logger.error("No KV can be handed over: %s", reason, exc_info=not isinstance(error, HandoffError))
+            role = replace(role, handoff_failure=str(reason))
+    setattr(scheduler, _ATTRIBUTE, role)

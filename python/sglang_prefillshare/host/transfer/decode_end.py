@@ -7,7 +7,8 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,12 @@ from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import CommonKVReceiver
 
 from sglang_prefillshare.errors import HandoffError
-from sglang_prefillshare.handoff import messages
+from sglang_prefillshare.handoff import messages, proof
 from sglang_prefillshare.handoff.cuda_memory import CudaMapping
 from sglang_prefillshare.handoff.lease import ClaimBook
 from sglang_prefillshare.handoff.lease_table import LeaseMark, LeaseView
-from sglang_prefillshare.handoff.memory import RegionHandle, SharedRegion, process_start
+from sglang_prefillshare.handoff.mapping import map_pool
+from sglang_prefillshare.handoff.memory import RegionHandle, process_start, watch_process
 from sglang_prefillshare.handoff.pool import PageList, PoolView
 from sglang_prefillshare.host.transfer import metrics as handoff_metrics
 from sglang_prefillshare.host.transfer.manager import PrefillShareKVManager
@@ -104,27 +106,7 @@ class DecodeKVManager(PrefillShareKVManager):
         leases = RegionHandle(message.pid, message.started, message.lease_fd, message.lease_bytes)
         if message.pid in self._pools:
             return  # it introduced itself before; a process has one pool for its lifetime
-        if isinstance(message.memory, messages.HostMemory) == self.on_cuda:
-            raise HandoffError("prefill and decode keep their KV on different kinds of device. Start both on the same.")
-        mapped = self._map_cuda if self.on_cuda else self._map_host
-        self._pools[message.pid] = _PrefillPool(mapped(message), LeaseView(leases))
-
-    def _map_host(self, message: messages.Pool) -> PoolView:
-        memory, page_bytes = message.memory, message.geometry.page_bytes
-        assert isinstance(memory, messages.HostMemory)
-        for offset, size in zip(memory.offsets, page_bytes, strict=True):
-            if offset + size * message.page_count > memory.region_bytes:
-                raise HandoffError(f"a buffer at {offset} does not fit the prefill worker's region.")
-        region = SharedRegion.attach(RegionHandle(message.pid, message.started, fd=memory.fd, size=memory.region_bytes))
-        addresses = [region.address + offset for offset in memory.offsets]
-        return PoolView.at(addresses, page_bytes, message.page_count, owner=region)
-
-    def _map_cuda(self, message: messages.Pool) -> PoolView:
-        memory = message.memory
-        assert isinstance(memory, messages.CudaMemory)
-        mapping = CudaMapping(memory.handles, device=self.device.index, device_uuid=memory.device_uuid)
-        addresses = [mapping.bases[allocation] + offset for allocation, offset in memory.buffers]
-        return PoolView.at(addresses, message.geometry.page_bytes, message.page_count, owner=mapping)
+        self._pools[message.pid] = _PrefillPool(map_pool(message, device=self.cuda_index), LeaseView(leases))
 
     def _refuse(self, bootstrap_addr: str, reason: str) -> None:
         """Fail every request that waits for this prefill worker, and forget it, so that the next one asks anew."""
@@ -193,12 +175,32 @@ class DecodeKVManager(PrefillShareKVManager):
 
     def peer_died(self, pid: int, names: set[str]) -> None:
         pool = self._pools.pop(pid, None)
-        if pool is not None and isinstance(pool.view.owner, CudaMapping):
-            assert self._device_copier is not None
-            self._device_copier.forget(pool.view)
-            pool.view.owner.close()
+        if pool is not None:
+            self._unmap(pool.view)
         for bootstrap_addr in names:
             self._handle_node_failure(bootstrap_addr)
+
+    def _unmap(self, view: PoolView) -> None:
+        if isinstance(view.owner, CudaMapping):
+            assert self._device_copier is not None
+            self._device_copier.forget(view)
+            view.owner.close()
+
+    def prove(self) -> None:
+        with self.with_device():
+            proof.prove_pulling(self.geometry, self.pool, self._pulled, device=self.cuda_index)
+
+    @contextmanager
+    def _pulled(self, lent: messages.Pool, source_pages: PageList, target_pages: PageList) -> Iterator[None]:
+        """For a proof: what a peer lends, copied as a request's pages are, and mapped in the block."""
+        os.close(watch_process(lent.pid, lent.started))
+        LeaseView(RegionHandle(lent.pid, lent.started, lent.lease_fd, lent.lease_bytes))
+        view = map_pool(lent, device=self.cuda_index)
+        try:
+            self._copy(view, self.pool, source_pages, target_pages)
+            yield
+        finally:
+            self._unmap(view)
 
     # ---- calls of the scheduler, through the receiver --------------------------------------------------------------
 
@@ -210,7 +212,7 @@ class DecodeKVManager(PrefillShareKVManager):
                 host=self.local_ip,
                 port=self.rank_port,
                 pid=os.getpid(),
-                started=process_start(os.getpid()),
+                started=process_start("self"),
                 bootstrap_addr=bootstrap_addr,
                 fingerprint=self.fingerprint,
                 geometry=self.geometry,

@@ -30,7 +30,7 @@ from sglang.srt.utils.network import NetworkAddress
 from sglang_prefillshare.errors import HandoffError
 from sglang_prefillshare.handoff import cuda_memory, messages
 from sglang_prefillshare.handoff.geometry import KVGeometry
-from sglang_prefillshare.handoff.memory import process_start
+from sglang_prefillshare.handoff.memory import memory_space, watch_process
 from sglang_prefillshare.handoff.pool import PoolView
 from sglang_prefillshare.host.transfer import wakeup
 from sglang_prefillshare.host.transfer.pool_device import pool_device
@@ -86,6 +86,11 @@ class PrefillShareKVManager(CommonKVManager):
     def on_cuda(self) -> bool:
         return bool(self.device.type == "cuda")
 
+    @property
+    def cuda_index(self) -> int | None:
+        """The pool's GPU as this process numbers it; None for a pool in host memory."""
+        return int(self.device.index) if self.on_cuda else None
+
     def with_device(self) -> AbstractContextManager[None]:
         """What a thread of ours that has to do with the GPU runs in: a new thread is on no GPU, or on GPU 0."""
         return cuda_memory.on_device(self.device.index) if self.on_cuda else nullcontext()
@@ -102,6 +107,23 @@ class PrefillShareKVManager(CommonKVManager):
 
     def peer_died(self, pid: int, names: set[str]) -> None:
         """Give up everything that waits for a process that is no more."""
+        raise NotImplementedError
+
+    def place(self) -> dict[str, Any]:
+        """Where the pool is, as `WorkerInfo` tells others: `pool_space`, `gpu`, `gpus_in_reach`."""
+        if self.cuda_index is None:
+            return {"pool_space": memory_space("pid")}
+        return {
+            "pool_space": memory_space("pid", "ipc"),
+            "gpu": cuda_memory.device_uuid(self.cuda_index),
+            "gpus_in_reach": cuda_memory.reachable_gpus(self.cuda_index),
+        }
+
+    def prove(self) -> None:
+        """Hand a page over with a process of its own, through this end's half of the path that peers use.
+
+        Raises `HandoffError` if this worker could hand nothing over, `UntriedError` if it could not be found out.
+        """
         raise NotImplementedError
 
     # ---- shared ----------------------------------------------------------------------------------------------------
@@ -135,15 +157,7 @@ class PrefillShareKVManager(CommonKVManager):
             if watched.pid == pid:
                 watched.names.add(name)
                 return
-        try:
-            if process_start(pid) != started:
-                raise ProcessLookupError(pid)
-            fd = os.pidfd_open(pid)
-        except OSError as error:
-            raise HandoffError(
-                f"process {pid} of the peer cannot be seen from here ({error.strerror or 'it is gone'}). The "
-                "prefillshare backend needs both workers on one host and in one PID namespace; choose nixl otherwise."
-            ) from error
+        fd = watch_process(pid, started)
         self._watched[fd] = _Watched(pid=pid, fd=fd, names={name})
 
     def control_loop(self) -> None:

@@ -16,7 +16,7 @@ from sglang.srt.disaggregation.base.conn import KVPoll
 from sglang.srt.disaggregation.common.conn import AbortNotification, CommonKVSender
 
 from sglang_prefillshare.errors import HandoffError
-from sglang_prefillshare.handoff import messages
+from sglang_prefillshare.handoff import messages, proof
 from sglang_prefillshare.handoff.cuda_memory import CudaAllocations, device_uuid
 from sglang_prefillshare.handoff.lease import LeaseBook, Loan, Wanted
 from sglang_prefillshare.handoff.lease_table import LeaseTable
@@ -97,12 +97,16 @@ class PrefillKVManager(PrefillShareKVManager):
             answer = messages.Refused(bootstrap_addr=message.bootstrap_addr, reason=str(error))
         self.send(message.host, message.port, answer)
 
+    def prove(self) -> None:
+        with self.with_device():
+            proof.prove_lending(self._offer(""), self.pool, device=self.cuda_index)
+
     def _offer(self, bootstrap_addr: str) -> messages.Pool:
         leases = self._lease_table.handle
         return messages.Pool(
             bootstrap_addr=bootstrap_addr,
             pid=os.getpid(),
-            started=process_start(os.getpid()),
+            started=process_start("self"),
             lease_fd=leases.fd,
             lease_bytes=leases.size,
             page_count=self.pool.page_count,
