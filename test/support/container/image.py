@@ -117,11 +117,11 @@ def _take(step: Step, state: _Stage, context: Path, done: Mapping[str | None, _S
             state.user = _user(state.root, int(step.value))
         case "COPY":
             assert step.options.keys() <= {"from"}, f"found {step}, wanted no option but --from"
-            source_root = done[step.options["from"]].root if step.options else context
+            source_root, left_out = (done[step.options["from"]].root, None) if step.options else (context, ignored)
             *sources, target = step.words
             for source in sources:
                 place = os.path.join(state.workdir, target)
-                _copy(_in(source_root, source), _in(state.root, place), is_into=target.endswith("/"), ignored=ignored)
+                _copy(_in(source_root, source), _in(state.root, place), is_into=target.endswith("/"), left_out=left_out)
         case "RUN":
             _run(step, state)
         case "CMD" | "HEALTHCHECK":
@@ -144,10 +144,10 @@ def _run(step: Step, state: _Stage) -> None:
     assert ran.returncode == 0, f"{step}\nended with {ran.returncode}:\n{ran.stdout[-4000:]}"
 
 
-def _copy(source: Path, target: Path, *, is_into: bool, ignored: Ignored) -> None:
+def _copy(source: Path, target: Path, *, is_into: bool, left_out: Ignored | None) -> None:
     """As COPY does: what a folder holds; or one file, into a folder where the step or what is there says so."""
     if source.is_dir():
-        shutil.copytree(source, target, symlinks=True, ignore=ignored, dirs_exist_ok=True)
+        shutil.copytree(source, target, symlinks=True, ignore=left_out, dirs_exist_ok=True)
         return
     if is_into or target.is_dir():
         target = target / source.name
