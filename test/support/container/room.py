@@ -121,7 +121,9 @@ class Room:
         self._holder.wait()
         assert self._holder.stdout is not None
         self._holder.stdout.close()
+        deadline = time.monotonic() + 30.0
         while any(Path(f"/proc/{pid}").exists() for pid in first):  # the kernel ends all others before the first
+            assert time.monotonic() < deadline, f"process {first} of a room did not end in 30 s"
             time.sleep(0.01)
         for path in reversed(self._made):
             with contextlib.suppress(OSError):  # something else lies in it by now
