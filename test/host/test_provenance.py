@@ -1,4 +1,4 @@
-"""`host/provenance.py`: exact counts of the slots that were computed for another module."""
+"""`host/roles/provenance.py`: exact counts of the slots that were computed for another module."""
 
 from __future__ import annotations
 

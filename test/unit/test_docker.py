@@ -16,6 +16,7 @@ import yaml
 from click.testing import CliRunner
 
 from sglang_prefillshare.cli import cli
+from test.support.container.dockerfile import Step, read_dockerfile
 
 DOCKER = Path(__file__).parents[2] / "docker"
 COMPOSE: dict[str, Any] = yaml.safe_load((DOCKER / "compose.yaml").read_text())
@@ -60,10 +61,48 @@ def test_each_service_is_asked_for_its_health_where_it_listens_and_the_router_kn
 @pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.cpu"])
 def test_what_the_dockerfiles_copy_is_here_and_not_ignored(name: str) -> None:
     kept = {line[1:] for line in (DOCKER.parent / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    copies = [line.split()[1:-1] for line in (DOCKER / name).read_text().splitlines() if line.startswith("COPY ")]
-    sources = {source for words in copies if not words[0].startswith("--from") for source in words}
+    steps = [step for stage in read_dockerfile(DOCKER / name) for step in stage.steps]
+    copies = [step for step in steps if step.instruction == "COPY" and not step.options]
+    sources = {source for step in copies for source in step.words[:-1]}
     assert sources == kept
     assert all((DOCKER.parent / source).exists() for source in sources)
+
+
+def test_both_images_are_made_by_the_same_steps_but_for_their_stack() -> None:
+    """`e2e/test_image.py` runs those of the CPU file, so what the CUDA file shares with it was run, too."""
+    cpu, cuda = read_dockerfile(DOCKER / "Dockerfile.cpu"), read_dockerfile(DOCKER / "Dockerfile")
+    assert [stage.name for stage in cuda] == ["python", *(stage.name for stage in cpu)]
+    for ours, theirs in zip(cpu, cuda[1:], strict=True):
+        assert [step for step in ours.steps if not _is_of_the_stack(step)] == [
+            step for step in theirs.steps if not _is_of_the_stack(step)
+        ]
+        checks = [step for step in (*ours.steps, *theirs.steps) if step.instruction == "HEALTHCHECK"]
+        assert len({(step.value, step.options["timeout"]) for step in checks}) <= 1
+
+
+def _is_of_the_stack(step: Step) -> bool:
+    """What installs or looks at one stack, and how long that one may take to start."""
+    return step.instruction == "HEALTHCHECK" or "requirements/c" in step.value or "import torch" in step.value
+
+
+def test_a_dockerfile_is_read_with_its_options_and_continued_lines(tmp_path: Path) -> None:
+    path = tmp_path / "Dockerfile"
+    path.write_text(
+        "# a comment\nFROM one AS first\nRUN a \\\n    # inside\n    && b\n"
+        'FROM two\nCOPY --from=first /x "/y z/"\nHEALTHCHECK --retries=3 CMD ["c", "d"]\n'
+    )
+    first, second = read_dockerfile(path)
+    assert (first.base, first.name, first.steps) == ("one", "first", (Step("RUN", "a && b"),))
+    copy, check = second.steps
+    assert (second.name, copy.options, copy.words) == (None, {"from": "first"}, ["/x", "/y z/"])
+    assert (check.options, check.words, second.last("COPY")) == ({"retries": "3"}, ["c", "d"], copy)
+
+
+@pytest.mark.parametrize("text", ["RUN a\n", "FROM a\nVOLUME /x\n", "FROM a\nRUN b \\\n"])
+def test_what_cannot_be_run_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "Dockerfile").write_text(text)
+    with pytest.raises(ValueError, match=r"wanted FROM first|continues into nothing"):
+        read_dockerfile(tmp_path / "Dockerfile")
 
 
 @pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
