@@ -37,9 +37,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="session")
 def deployment(models: Models) -> Iterator[Deployment]:
-    """Base, planner, coder, twin and router, over the default backend."""
-    modules = {"planner": models.planner, "coder": models.coder, "twin": models.twin}
-    with deploy(topology(models.base, modules)) as running:
+    """Base, planner, coder, twin and router, over the default backend; two of them, and the twin once more, overlapped.
+
+    On a CPU, that is: on a GPU every worker runs SGLang's overlap loop.
+    """
+    modules = {"planner": models.planner, "coder": models.coder, "twin": models.twin, "overlapped-twin": models.twin}
+    with deploy(topology(models.base, modules, overlapped=("planner", "overlapped-twin"))) as running:
         yield running
 
 

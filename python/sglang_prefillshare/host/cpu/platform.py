@@ -24,8 +24,8 @@ DEFAULT_MAX_TOTAL_TOKENS: Final = 32_768
 """KV pool of a CPU server when nobody said otherwise; SGLang's own default would take most of the RAM."""
 
 OVERLAP_ENV: Final = "PREFILLSHARE_CPU_OVERLAP"
-"""Set to 1, a CPU server runs SGLang's overlap loop as a GPU server does: torch's streams of a CPU wait for nothing, but
-the loop handles each result one step later, as there. For tests of what that moves."""
+"""Set to 1, a CPU server runs SGLang's overlap loop, as a GPU server does by default. The streams of a CPU wait for
+nothing, but the loop learns each result one step later, as it does there. For tests of what that moves."""
 
 
 class CpuPlatform(SRTPlatform, CpuDeviceMixin):
