@@ -74,6 +74,14 @@ def telling_prompt(oracle: Oracle, params: dict[str, Any], *, lag: int, seed: in
     raise AssertionError(f"200 prompts, and none tells whether {params} count rightly")
 
 
+def test_the_planner_runs_the_overlap_loop(deployment: Deployment) -> None:
+    async def runs_it(name: str) -> bool:
+        async with session() as client, client.get(f"{deployment.worker(name).url}/server_info") as response:
+            return not (await response.json())["disable_overlap_schedule"]
+
+    assert {name: asyncio.run(runs_it(name)) for name in LAG} == {name: lag == 1 for name, lag in LAG.items()}
+
+
 def test_each_token_counts_once_and_the_last_of_the_prompt_never(
     deployment: Deployment, oracles: dict[str, Oracle]
 ) -> None:

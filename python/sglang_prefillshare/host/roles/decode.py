@@ -66,8 +66,7 @@ def exceeds_kv_capacity(original: Callable[..., bool], self: Any, req: Any) -> b
     """Refuse a request that an empty pool has no room for: SGLang would let it wait for ever.
 
     It admits a request only if its prompt and the tokens it may generate (up to an estimate that it clips), or those
-    that it reserves for every request, fit. Under overlap scheduling one more: the step after the last token begins
-    before that token is known, and a pool without room for it would cost the request its answer.
+    that it reserves for every request, fit.
     """
     if original(self, req):
         return True
@@ -80,8 +79,6 @@ def exceeds_kv_capacity(original: Callable[..., bool], self: Any, req: Any) -> b
     page_size = self.token_to_kv_pool_allocator.page_size
     in_pages = -(-prompt_tokens // page_size) * page_size
     expected = prompt_tokens + min(req.sampling_params.max_new_tokens, CLIP_MAX_NEW_TOKEN)
-    if self.scheduler.enable_overlap:
-        expected += 1
     needed = max(in_pages + self.num_reserved_decode_tokens, expected)
     if needed <= self.max_total_num_tokens:
         return False
