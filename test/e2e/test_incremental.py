@@ -15,7 +15,7 @@ import torch
 
 from sglang_prefillshare.deployment import Deployment
 from test.e2e.conftest import Models
-from test.support.device import ON_GPU
+from test.support.device import ALL_OVERLAPPED
 from test.support.models import make_base, make_decode_module, sample_prompt
 from test.support.oracle import Oracle, clear_prompt
 from test.support.servers import (
@@ -258,7 +258,7 @@ def test_a_retracted_requests_tokens_count_on(small_pools: tuple[Deployment, dic
     deployment, oracle = small_pools[0], small_pools[1][agent]
     stops = list(range(4, 260))
     sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": 40, "min_new_tokens": 24, "stop_token_ids": stops}
-    if agent == "coder" and not ON_GPU:
+    if agent == "coder" and not ALL_OVERLAPPED:
         sampling |= {"frequency_penalty": -0.3, "presence_penalty": -0.7}
 
     def adjust(logits: torch.Tensor, answer: list[int]) -> torch.Tensor:

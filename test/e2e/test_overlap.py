@@ -1,7 +1,7 @@
 """Under SGLang's overlap loop, which knows each token a step later, every token still counts once and xn never.
 
-The planner runs that loop, the coder the other one; on a GPU both run it. All else that a request can ask for is in
-`test_equal_to_plain_server.py`, retraction in `test_incremental.py`.
+The planner runs that loop, the coder the other one; on a GPU, or with PREFILLSHARE_CPU_OVERLAP=1, both run it. All else
+that a request can ask for is in `test_equal_to_plain_server.py`, retraction in `test_incremental.py`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 
 from sglang_prefillshare.deployment import Deployment
 from test.e2e.conftest import Models
-from test.support.device import ON_GPU
+from test.support.device import ALL_OVERLAPPED
 from test.support.models import sample_prompt
 from test.support.oracle import Adjust, Generation, Oracle
 from test.support.servers import post, session
 
 pytestmark = pytest.mark.devices
 NEW_TOKENS = 16
-LAG = {"planner": 1, "coder": 1 if ON_GPU else 0}
+LAG = {"planner": 1, "coder": 1 if ALL_OVERLAPPED else 0}
 """By how many tokens penalties are behind: none, or the one that is being computed while its successor is prepared."""
 
 CASES: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -199,14 +199,16 @@ def _tell_again(batch: Any) -> None:
     import torch
 
     orchestrator = batch.sampling_info.penalizer_orchestrator
-    steps = max((len(req.output_ids) - 1 for req in batch.reqs), default=0)
-    if steps < 1 or not orchestrator.is_required:
+    told = [list(req.output_ids[:-1]) for req in batch.reqs]
+    steps = max(map(len, told), default=0)
+    if not steps or not orchestrator.is_required:
         return
-    padded = [[*req.output_ids[:-1], *[0] * (steps - max(0, len(req.output_ids) - 1))] for req in batch.reqs]
-    for step, tokens in enumerate(torch.tensor(padded, dtype=torch.int64).to(batch.device).unbind(1)):
-        shorter = [row for row, req in enumerate(batch.reqs) if len(req.output_ids) - 1 <= step]
-        with _rows_kept(batch, dict.fromkeys(orchestrator.penalizers, shorter)):
-            orchestrator.cumulate_output_tokens(tokens)
+    padded = torch.tensor([[*tokens, *[0] * (steps - len(tokens))] for tokens in told], dtype=torch.int64)
+    with ExitStack() as ended:
+        for step, column in enumerate(padded.to(batch.device).unbind(1)):
+            rows = [row for row, tokens in enumerate(told) if len(tokens) == step]
+            ended.enter_context(_rows_kept(batch, dict.fromkeys(orchestrator.penalizers, rows)))
+            orchestrator.cumulate_output_tokens(column)
 
 
 def process_prebuilt(original: Callable[..., None], self: Any, future_map: Any) -> None:
