@@ -37,12 +37,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="session")
 def deployment(models: Models) -> Iterator[Deployment]:
-    """Base, planner, coder, twin and router, over the default backend; two of them, and the twin once more, overlapped.
+    """Base, planner, coder, twin and router, over the default backend; the planner with SGLang's overlap loop.
 
-    On a CPU, that is: on a GPU every worker runs SGLang's overlap loop.
+    On a CPU, that is: on a GPU every worker runs it.
     """
-    modules = {"planner": models.planner, "coder": models.coder, "twin": models.twin, "overlapped-twin": models.twin}
-    with deploy(topology(models.base, modules, overlapped=("planner", "overlapped-twin"))) as running:
+    modules = {"planner": models.planner, "coder": models.coder, "twin": models.twin}
+    with deploy(topology(models.base, modules, overlapped=("planner",))) as running:
         yield running
 
 

@@ -15,10 +15,12 @@ import torch
 
 from sglang_prefillshare.deployment import Deployment
 from test.e2e.conftest import Models
+from test.e2e.test_equal_to_plain_server import CASES, comparable
 from test.support.device import ALL_OVERLAPPED
 from test.support.models import make_base, make_decode_module, sample_prompt
 from test.support.oracle import Oracle, clear_prompt
 from test.support.servers import (
+    Answer,
     HandoffCounts,
     deploy,
     greedy,
@@ -141,32 +143,33 @@ def test_the_router_shows_the_handoffs_of_all_workers_in_sum(deployment: Deploym
 
 
 @pytest.fixture(scope="module")
-def small_pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Deployment, dict[str, Oracle]]]:
+def small_pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Deployment, Oracle]]:
     """Pages of 16 tokens; decode workers with room for 1,792 tokens that retract a request now and then.
 
-    The planner's runs SGLang's overlap loop, on a CPU too: there a retraction loses the token that is being computed.
+    Planner and coder are one module. The planner's worker runs SGLang's overlap loop, on a CPU too: there a retraction
+    loses the token that is being computed.
     """
     folder = tmp_path_factory.mktemp("small")
     base = make_base(folder / "base", seed=21)
-    modules = {name: make_decode_module(folder / name, base, seed=22 + i) for i, name in enumerate(AGENTS)}
+    module = make_decode_module(folder / "module", base, seed=22)
     described = topology(
         base,
-        modules,
+        dict.fromkeys(AGENTS, module),
         args={"page-size": 16},
         overlapped=("planner",),
         max_total_tokens=1792,
         num_reserved_decode_tokens=32,
     )
     with deploy(dataclasses.replace(described, env={"SGLANG_TEST_RETRACT": "1"})) as running:
-        yield running, {name: Oracle(base, path) for name, path in modules.items()}
+        yield running, Oracle(base, module)
 
 
 @pytest.mark.parametrize("agent", AGENTS)
 def test_under_pressure_decode_evicts_and_every_answer_stays_right(
-    small_pools: tuple[Deployment, dict[str, Oracle]], agent: str
+    small_pools: tuple[Deployment, Oracle], agent: str
 ) -> None:
     """Twelve prompts of 400 tokens and their follow-ups, four at a time, in a pool that holds four of them."""
-    deployment, oracle = small_pools[0], small_pools[1][agent]
+    deployment, oracle = small_pools
     prompts = [clear_prompt(oracle, 400 + 7 * i, NEW_TOKENS, seed=6000 + i) for i in range(12)]
 
     async def run() -> Any:
@@ -192,7 +195,7 @@ def test_under_pressure_decode_evicts_and_every_answer_stays_right(
 
 
 def test_a_request_that_the_pool_can_never_hold_is_refused_at_once(
-    small_pools: tuple[Deployment, dict[str, Oracle]],
+    small_pools: tuple[Deployment, Oracle],
 ) -> None:
     """SGLang would let it wait for room that an empty pool does not have."""
     deployment, _ = small_pools
@@ -211,10 +214,10 @@ def test_a_request_that_the_pool_can_never_hold_is_refused_at_once(
 
 @pytest.mark.parametrize("agent", AGENTS)
 def test_the_longest_request_that_the_pool_holds_is_answered(
-    small_pools: tuple[Deployment, dict[str, Oracle]], agent: str
+    small_pools: tuple[Deployment, Oracle], agent: str
 ) -> None:
     """With 1,790 tokens in all, the longest that SGLang admits to 1,792; the overlap loop computes one token more."""
-    deployment, oracle = small_pools[0], small_pools[1][agent]
+    deployment, oracle = small_pools
     new_tokens = 40
     prompt = clear_prompt(oracle, 1790 - new_tokens, new_tokens, seed=7)
 
@@ -229,11 +232,9 @@ def test_the_longest_request_that_the_pool_holds_is_answered(
 
 
 @pytest.mark.parametrize("agent", AGENTS)
-def test_retracted_requests_leave_the_cache_clean(
-    small_pools: tuple[Deployment, dict[str, Oracle]], agent: str
-) -> None:
+def test_retracted_requests_leave_the_cache_clean(small_pools: tuple[Deployment, Oracle], agent: str) -> None:
     """A request that is retracted and resumed brings generated KV back into the pool, and must not publish it."""
-    deployment, oracle = small_pools[0], small_pools[1][agent]
+    deployment, oracle = small_pools
 
     async def run() -> None:
         async with session() as client:
@@ -250,12 +251,12 @@ def test_retracted_requests_leave_the_cache_clean(
 
 
 @pytest.mark.parametrize("agent", AGENTS)
-def test_a_retracted_requests_tokens_count_on(small_pools: tuple[Deployment, dict[str, Oracle]], agent: str) -> None:
+def test_a_retracted_requests_tokens_count_on(small_pools: tuple[Deployment, Oracle], agent: str) -> None:
     """Four at once, of which one is retracted in every third step, with what SGLang would forget of them by then.
 
     Under overlap a penalty is behind by a token, but for the step after a resumption: which step that is, timing says.
     """
-    deployment, oracle = small_pools[0], small_pools[1][agent]
+    deployment, oracle = small_pools
     stops = list(range(4, 260))
     sampling: dict[str, Any] = {"temperature": 0, "max_new_tokens": 40, "min_new_tokens": 24, "stop_token_ids": stops}
     if agent == "coder" and not ALL_OVERLAPPED:
@@ -289,6 +290,22 @@ def test_a_retracted_requests_tokens_count_on(small_pools: tuple[Deployment, dic
 
     for prompt, found in zip(prompts, asyncio.run(run()), strict=True):
         oracle.check(prompt, found, 40, stop_token_ids=stops, adjust=adjust)
+
+
+@pytest.mark.skipif(ALL_OVERLAPPED, reason="waits for a CPU, where one of the two workers runs the other loop")
+@pytest.mark.parametrize("name", [name for name in CASES if "penalt" not in name])
+def test_both_loops_answer_alike(small_pools: tuple[Deployment, Oracle], name: str) -> None:
+    """Grammars, stops, log-probabilities, streams: all but penalties, which `test_overlap.py` has."""
+    path, body = CASES[name]
+
+    async def run() -> list[Answer]:
+        async with session() as client:
+            url = small_pools[0].router_url + path
+            return list(await asyncio.gather(*(post(client, url, {**body, "model": agent}) for agent in AGENTS)))
+
+    overlapped, other = asyncio.run(run())
+    assert (overlapped.status, other.status) == (200, 200), (overlapped, other)
+    assert comparable(overlapped.body) == comparable(other.body)
 
 
 def test_a_decode_worker_without_a_cache_moves_everything(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Under SGLang's overlap loop, which knows each token a step later, every token still counts once and xn never.
 
 The planner runs that loop, the coder the other one; on a GPU, or with PREFILLSHARE_CPU_OVERLAP=1, both run it. All else
-that a request can ask for is in `test_equal_to_plain_server.py`, retraction in `test_incremental.py`.
+that a request can ask for, and retraction, is in `test_incremental.py`, where both loops serve one module.
 """
 
 from __future__ import annotations
