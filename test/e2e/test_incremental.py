@@ -216,7 +216,7 @@ def test_a_request_that_the_pool_can_never_hold_is_refused_at_once(
 def test_the_longest_request_that_the_pool_holds_is_answered(
     small_pools: tuple[Deployment, Oracle], agent: str
 ) -> None:
-    """SGLang leaves a page and a token of the 1,792 free; the overlap loop computes one token more than is asked for."""
+    """SGLang leaves a page and a token of the 1,792 free; the overlap loop computes one token too many."""
     deployment, oracle = small_pools
     new_tokens = 1792 - 1728 - 17
     prompt = clear_prompt(oracle, 1728, new_tokens, seed=7)
