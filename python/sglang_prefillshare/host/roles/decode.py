@@ -250,8 +250,8 @@ def cumulate_penalty_output_tokens(original: Callable[..., None], self: Any) -> 
     """Count every y once and xn never: for the penalties when it is known, for `min_new_tokens` when it is computed.
 
     Before each step SGLang counts the last token that it knows. Before the first step of a request without output that
-    is xn. Under overlap scheduling it is the same token before the second step as before the first, whose own token is
-    being computed: `min_new_tokens`, which asks only how many there are, counts that one; the penalties wait for it.
+    is xn. Before the second under overlap scheduling it is the same token again, since what the first step chooses is
+    still being computed: `min_new_tokens`, which asks only how many there are, counts that one; the penalties wait.
     """
     from sglang.srt.sampling.penaltylib import BatchedMinNewTokensPenalizer
 
