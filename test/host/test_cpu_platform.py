@@ -48,7 +48,14 @@ def test_a_cpu_without_bfloat16_computes_in_float32_unless_told_otherwise(
 
 @pytest.mark.parametrize(
     ("variable", "arguments", "is_off"),
-    [(None, [], True), ("0", [], True), ("1", [], False), ("1", ["--disable-overlap-schedule"], True)],
+    [
+        (None, [], True),
+        ("0", [], True),
+        ("1", [], False),
+        ("1", ["--disable-overlap-schedule"], True),
+        ("1", ["--disaggregation-mode", "prefill", "--disaggregation-transfer-backend", "nixl"], True),
+        ("1", ["--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "nixl"], False),
+    ],
 )
 def test_the_overlap_loop_runs_on_a_cpu_only_where_it_is_asked_for(
     model: Path, variable: str | None, arguments: list[str], is_off: bool, monkeypatch: pytest.MonkeyPatch

@@ -25,7 +25,8 @@ DEFAULT_MAX_TOTAL_TOKENS: Final = 32_768
 
 OVERLAP_ENV: Final = "PREFILLSHARE_CPU_OVERLAP"
 """Set to 1, a CPU server runs SGLang's overlap loop, as a GPU server does by default. The streams of a CPU wait for
-nothing, but the loop learns each result one step later, as it does there. For tests of what that moves."""
+nothing, but the loop learns each result one step later, as it does there. For tests of what that moves. Not on prefill
+workers: SGLang's overlap loop makes CUDA events there."""
 
 
 class CpuPlatform(SRTPlatform, CpuDeviceMixin):
@@ -67,7 +68,7 @@ class CpuPlatform(SRTPlatform, CpuDeviceMixin):
             server_args.attention_backend = "torch_native"
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = DEFAULT_MAX_TOTAL_TOKENS
-        if os.environ.get(OVERLAP_ENV) != "1":
+        if os.environ.get(OVERLAP_ENV) != "1" or server_args.disaggregation_mode == "prefill":
             server_args.disable_overlap_schedule = True
         if server_args.dtype == "auto" and not cpu_has_bfloat16():
             server_args.dtype = "float32"
