@@ -37,9 +37,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 @pytest.fixture(scope="session")
 def deployment(models: Models) -> Iterator[Deployment]:
-    """Base, planner, coder, twin and router, over the default backend."""
+    """Base, planner, coder, twin and router, over the default backend; the planner with SGLang's overlap loop.
+
+    On a CPU, that is: on a GPU every worker runs it.
+    """
     modules = {"planner": models.planner, "coder": models.coder, "twin": models.twin}
-    with deploy(topology(models.base, modules)) as running:
+    with deploy(topology(models.base, modules, overlapped=("planner",))) as running:
         yield running
 
 

@@ -44,3 +44,28 @@ def test_a_cpu_without_bfloat16_computes_in_float32_unless_told_otherwise(
     assert resolving_view(server_args).dtype == wanted
     said = capsys.readouterr().err.count("no bfloat16 of its own")
     assert said == (wanted == "float32")
+
+
+@pytest.mark.parametrize(
+    ("variable", "arguments", "is_off"),
+    [
+        (None, [], True),
+        ("0", [], True),
+        ("1", [], False),
+        ("1", ["--disable-overlap-schedule"], True),
+        ("1", ["--disaggregation-mode", "prefill", "--disaggregation-transfer-backend", "nixl"], True),
+        ("1", ["--disaggregation-mode", "decode", "--disaggregation-transfer-backend", "nixl"], False),
+    ],
+)
+def test_the_overlap_loop_runs_on_a_cpu_only_where_it_is_asked_for(
+    model: Path, variable: str | None, arguments: list[str], is_off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.server_args import prepare_server_args
+
+    monkeypatch.delenv("PREFILLSHARE_CPU_OVERLAP", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("PREFILLSHARE_CPU_OVERLAP", variable)
+    server_args = prepare_server_args(["--model-path", str(model), *arguments])
+    server_args.resolve_once()
+    assert resolving_view(server_args).disable_overlap_schedule is is_off

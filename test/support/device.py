@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -10,6 +11,9 @@ import torch
 ON_GPU: Final = torch.cuda.is_available()
 DTYPE: Final = torch.bfloat16 if ON_GPU else torch.float32
 """SGLang's CUDA rmsnorm takes no float32."""
+
+ALL_OVERLAPPED: Final = ON_GPU or os.environ.get("PREFILLSHARE_CPU_OVERLAP") == "1"
+"""Every worker runs SGLang's overlap loop, and not only those that a test picked for it."""
 
 HEAD_DIM: Final = 64 if ON_GPU else 32
 """64 is the smallest that every attention backend takes."""

@@ -5,7 +5,7 @@ The base computes KV for x1..x(n-1); the decode module takes xn from there and c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from test.support.device import DTYPE
 from test.support.models import sample_prompt
+
+Adjust = Callable[[torch.Tensor, list[int]], torch.Tensor]
+"""What a request's sampling parameters make of the logits [vocabulary] that follow y1..: (logits, y1..) to logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,16 @@ class Oracle:
         if not self.is_exact:
             self.served = (load_model(base_path, dtype), load_model(module_path, dtype))
 
-    def check(self, input_ids: Sequence[int], found: Sequence[int], max_new_tokens: int) -> None:
-        """Fail unless `found` is the greedy answer of `max_new_tokens` tokens.
+    def check(
+        self,
+        input_ids: Sequence[int],
+        found: Sequence[int],
+        max_new_tokens: int,
+        *,
+        stop_token_ids: Collection[int] = (),
+        adjust: Adjust | None = None,
+    ) -> None:
+        """Fail unless `found` is the greedy answer of `max_new_tokens` tokens, or as far as its first stop token.
 
         In float32 that is one answer, equal token for token. In bfloat16 answers part at near ties, and each is right
         from there on. So every token that was served is fed back (teacher forcing): its logit in float32 may be lower
@@ -49,18 +60,21 @@ class Oracle:
         answers where weights or KV were mixed up, must not explain half.
         """
         if self.is_exact:
-            wanted = self.generate(input_ids, max_new_tokens).token_ids
+            wanted = self.generate(input_ids, max_new_tokens, stop_token_ids=stop_token_ids, adjust=adjust).token_ids
             assert list(found) == wanted, f"prompt of {len(input_ids)} tokens"
             return
-        assert len(found) == max_new_tokens, f"{len(found)} tokens, wanted {max_new_tokens}"
-        logits = forced(self.base, self.module, input_ids, found)
-        rounding = float((logits - forced(*self.served, input_ids, found)).abs().max())
+        stops = [position for position, token in enumerate(found) if token in stop_token_ids]
+        length = stops[0] + 1 if stops else max_new_tokens
+        assert len(found) == length, f"{len(found)} tokens, wanted {length}"
+        logits = forced(self.base, self.module, input_ids, found, adjust)
+        difference = (logits - forced(*self.served, input_ids, found, adjust)).abs()
+        rounding = float(difference.nan_to_num(0.0).max())  # of what is forbidden to both, the difference is NaN
         chosen = torch.tensor(list(found))
         gaps = logits.max(-1).values - logits.gather(-1, chosen[:, None])[:, 0]
         told = f"prompt of {len(input_ids)} tokens, bfloat16 moves logits by up to {rounding:.3f}: {gaps.tolist()}"
         assert float(gaps.max()) <= 2 * rounding, f"a token that cannot be the best, {told}"
         assert int((gaps == 0).sum()) >= 0.75 * len(found), f"too many second choices, {told}"
-        assert not self.base_explains(input_ids, found, 2), f"the base alone would have answered so, {told}"
+        assert adjust is not None or not self.base_explains(input_ids, found, 2), f"the base alone answers so, {told}"
 
     def base_explains(self, input_ids: Sequence[int], answer: Sequence[int], parts: int) -> bool:
         """Whether the base alone chooses more than one in `parts` of the answer's tokens; never of an equal module."""
@@ -70,9 +84,14 @@ class Oracle:
         return int((of_base == torch.tensor(list(answer))).sum()) > len(answer) // parts
 
     def generate(
-        self, input_ids: Sequence[int], max_new_tokens: int, *, stop_token_ids: Collection[int] = ()
+        self,
+        input_ids: Sequence[int],
+        max_new_tokens: int,
+        *,
+        stop_token_ids: Collection[int] = (),
+        adjust: Adjust | None = None,
     ) -> Generation:
-        return generate(self.base, self.module, input_ids, max_new_tokens, stop_token_ids=stop_token_ids)
+        return generate(self.base, self.module, input_ids, max_new_tokens, stop_token_ids=stop_token_ids, adjust=adjust)
 
 
 def clear_prompt(
@@ -99,12 +118,19 @@ def load_model(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrain
 
 @torch.no_grad()
 def forced(
-    base: PreTrainedModel, module: PreTrainedModel, input_ids: Sequence[int], answer: Sequence[int]
+    base: PreTrainedModel,
+    module: PreTrainedModel,
+    input_ids: Sequence[int],
+    answer: Sequence[int],
+    adjust: Adjust | None = None,
 ) -> torch.Tensor:
     """float32 [tokens of the answer, vocabulary]: the module's logits for each of its tokens, given those before it."""
     cache = base_cache(base, input_ids[:-1])
     fed = torch.tensor([[input_ids[-1], *answer[:-1]]])
-    return module(fed, past_key_values=cache, use_cache=True).logits[0].float()
+    logits: torch.Tensor = module(fed, past_key_values=cache, use_cache=True).logits[0].float()
+    if adjust is None:
+        return logits
+    return torch.stack([adjust(row, list(answer[:position])) for position, row in enumerate(logits)])
 
 
 def _equal(base: PreTrainedModel, module: PreTrainedModel) -> bool:
@@ -129,6 +155,7 @@ def generate(
     max_new_tokens: int,
     *,
     stop_token_ids: Collection[int] = (),
+    adjust: Adjust | None = None,
 ) -> Generation:
     """Greedy answer to x1..xn (n >= 1; for n = 1 there is no base KV). A stop token ends it and is included."""
     if not input_ids:
@@ -144,7 +171,7 @@ def generate(
             position_ids=torch.tensor([[position]]),
             use_cache=True,
         ).logits[0, -1]
-        best = logits.topk(2)
+        best = (logits if adjust is None else adjust(logits, token_ids)).topk(2)
         token = int(best.indices[0])
         token_ids.append(token)
         gaps.append(float(best.values[0] - best.values[1]))

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,18 +26,32 @@ from test.support.device import WORKER_ARGS
 GRACE = StopGrace(interrupt_s=3.0, terminate_s=2.0)
 REQUEST_TIMEOUT_S = 90.0
 
+OVERLAP_ON_A_CPU = {"PREFILLSHARE_CPU_OVERLAP": "1"}
+"""Has a worker run SGLang's overlap loop, as it does on a GPU by default."""
+
 
 def topology(
-    base: Path, modules: Mapping[str, Path], *, args: Mapping[str, Any] | None = None, **decode_args: Any
+    base: Path,
+    modules: Mapping[str, Path],
+    *,
+    args: Mapping[str, Any] | None = None,
+    overlapped: Collection[str] = (),
+    **decode_args: Any,
 ) -> Topology:
-    """One base and one worker per decode module; `args` go to every worker, `decode_args` to decode only."""
+    """One base and one worker per decode module; `args` go to every worker, `decode_args` to decode only.
+
+    The modules in `overlapped` are served with overlap scheduling on a CPU, too.
+    """
     common = {**WORKER_ARGS, **(args or {})}
     decode = {name.replace("_", "-"): value for name, value in decode_args.items()}
+
+    def module(name: str, path: Path) -> DecodeModule:
+        env = OVERLAP_ON_A_CPU if name in overlapped else {}
+        return DecodeModule(name, WorkerSettings(str(path), args={**common, **decode}, env=env))
+
     return Topology(
         base=WorkerSettings(str(base), args=common),
-        decode=tuple(
-            DecodeModule(name, WorkerSettings(str(path), args={**common, **decode})) for name, path in modules.items()
-        ),
+        decode=tuple(module(name, path) for name, path in modules.items()),
         router=RouterSettings(),
     )
 

@@ -18,7 +18,7 @@ from test.support.models import (
     make_tokenizer,
     sample_prompt,
 )
-from test.support.oracle import Oracle, base_cache, clear_prompt, generate
+from test.support.oracle import Oracle, base_cache, clear_prompt, forced, generate
 
 LENGTHS = (1, 2, 7, 40, 150)
 NEW_TOKENS = 24
@@ -188,3 +188,20 @@ def test_an_answer_cut_short_does_not_pass(rounded: tuple[Oracle, Oracle]) -> No
     found = generate(*oracle.served, prompt, NEW_TOKENS).token_ids
     with pytest.raises(AssertionError, match="wanted 24"):
         oracle.check(prompt, found[:-1], NEW_TOKENS)
+
+
+def test_parameters_change_the_logits_before_each_choice(pair: Oracle) -> None:
+    """Forbidding what was chosen before gives another answer from there on, by `generate` and by `forced`."""
+
+    def at_most_once(logits: torch.Tensor, answer: list[int]) -> torch.Tensor:
+        logits = logits.clone()
+        logits[answer] = float("-inf")
+        return logits
+
+    prompt = clear_prompt(pair, 40, NEW_TOKENS)
+    free = pair.generate(prompt, NEW_TOKENS).token_ids
+    once = pair.generate(prompt, NEW_TOKENS, adjust=at_most_once).token_ids
+    repeats = next(position for position in range(NEW_TOKENS) if free[position] in free[:position])
+    assert once[:repeats] == free[:repeats] and once != free
+    assert len(set(once)) == NEW_TOKENS
+    assert forced(pair.base, pair.module, prompt, once, at_most_once).argmax(-1).tolist() == once

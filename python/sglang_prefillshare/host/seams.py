@@ -252,7 +252,8 @@ DECODE_SCHEDULER: Final = (
     ),
     Seam(
         f"{_BATCH}.prepare_for_prebuilt", "roles.decode:prepare_for_prebuilt", "around", ("self",),
-        why="the batch starts with n-1 tokens of KV", changes="already_computed; origin_input_ids, during the call",
+        why="the batch starts with n-1 tokens of KV; a retracted request's penalties go on",
+        changes="already_computed, a counter of ours; the penalizers' rows; origin_input_ids, during the call",
         retire_when=_FIRST_TOKEN,
     ),
     Seam(
@@ -274,8 +275,9 @@ DECODE_SCHEDULER: Final = (
     ),
     Seam(
         f"{_BATCH}.cumulate_penalty_output_tokens", "roles.decode:cumulate_penalty_output_tokens", "around", ("self",),
-        why="xn is no output: penalties and min_new_tokens skip it", changes="the penalizers' rows: as before the call",
-        retire_when=_FIRST_TOKEN,
+        why="xn is no output, and each y counts once: for penalties and for min_new_tokens",
+        changes="the penalizers' rows: as before the call; a counter of ours on each request",
+        retire_when="SGLang can leave the first token to the decode side, and counts right under overlap",
     ),
 )  # fmt: skip
 """A decode worker's scheduler."""

@@ -6,6 +6,7 @@ are left alone; defaults that assume a GPU are not.
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any, Final
 
@@ -21,6 +22,11 @@ NO_BFLOAT16: Final = (
 )
 DEFAULT_MAX_TOTAL_TOKENS: Final = 32_768
 """KV pool of a CPU server when nobody said otherwise; SGLang's own default would take most of the RAM."""
+
+OVERLAP_ENV: Final = "PREFILLSHARE_CPU_OVERLAP"
+"""Set to 1, a CPU server runs SGLang's overlap loop, as a GPU server does by default. The streams of a CPU wait for
+nothing, but the loop learns each result one step later, as it does there. For tests of what that moves. Not on prefill
+workers: SGLang's overlap loop makes CUDA events there."""
 
 
 class CpuPlatform(SRTPlatform, CpuDeviceMixin):
@@ -55,13 +61,15 @@ class CpuPlatform(SRTPlatform, CpuDeviceMixin):
         """What a GPU-minded default costs on a CPU: fill it in where the user left it open.
 
         Overlap scheduling hides GPU launches behind Python; here the forward pass runs on the scheduler's own
-        thread, so overlap only delays each token by a step and computes one step too many per request.
+        thread, so overlap only delays each token by a step and computes one step too many per request. It is off,
+        unless `OVERLAP_ENV` says otherwise.
         """
         if server_args.attention_backend is None:
             server_args.attention_backend = "torch_native"
         if server_args.max_total_tokens is None:
             server_args.max_total_tokens = DEFAULT_MAX_TOTAL_TOKENS
-        server_args.disable_overlap_schedule = True
+        if os.environ.get(OVERLAP_ENV) != "1" or server_args.disaggregation_mode == "prefill":
+            server_args.disable_overlap_schedule = True
         if server_args.dtype == "auto" and not cpu_has_bfloat16():
             server_args.dtype = "float32"
             print(f"prefillshare: {NO_BFLOAT16} --dtype bfloat16 halves the memory.", file=sys.stderr)

@@ -3,15 +3,18 @@
 SGLang's decode side expects prefill to have sampled y1. The hooks here let a request start with no output instead:
 KV for n-1 tokens, xn waiting as the next input, and nothing to stream, penalise, match or accept yet. From its first
 decode step on, a request is an ordinary one. `seams.py` says where each hook goes and why.
+
+Overlap scheduling prepares a step before the token of the step before it is known. So a request that awaits its first
+token does so for two steps then, and what counts tokens must not take the second for another first.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from http import HTTPStatus
-from typing import Any
+from typing import Any, Final
 
 from sglang_prefillshare.errors import HandoffError
 from sglang_prefillshare.handoff.receipt import FIRST_SLOT, ROOM_MASK, Receipt
@@ -25,6 +28,9 @@ from sglang_prefillshare.host.roles.role import (
     role_of,
 )
 from sglang_prefillshare.host.transfer import metrics as handoff_metrics
+
+_TOLD: Final = "_prefill_share_told"
+"""On a request in a batch: how many of its tokens the penalties have been told of; None before its first step there."""
 
 
 def awaits_first_token(req: Any) -> bool:
@@ -181,6 +187,29 @@ def prepare_for_prebuilt(original: Callable[..., None], self: Any) -> None:
             req.already_computed = max(req.already_computed, req.prefix_len)
     with _swapped(self.reqs, "origin_input_ids", lambda req: req.origin_input_ids[:-1]):
         original(self)
+    for req in self.reqs:
+        setattr(req, _TOLD, None)
+    _tell_again(self)
+
+
+def _tell_again(batch: Any) -> None:
+    """Tell new penalties of what a retracted request had generated, but for its last token: its first step does that.
+
+    SGLang starts at nothing again, and would forbid the stop tokens for `min_new_tokens` more.
+    """
+    import torch
+
+    orchestrator = batch.sampling_info.penalizer_orchestrator
+    told = [list(req.output_ids[:-1]) for req in batch.reqs]
+    steps = max(map(len, told), default=0)
+    if not steps or not orchestrator.is_required:
+        return
+    padded = torch.tensor([[*tokens, *[0] * (steps - len(tokens))] for tokens in told], dtype=torch.int64)
+    with ExitStack() as ended:
+        for step, column in enumerate(padded.to(batch.device).unbind(1)):
+            rows = [row for row, tokens in enumerate(told) if len(tokens) == step]
+            ended.enter_context(_rows_kept(batch, dict.fromkeys(orchestrator.penalizers, rows)))
+            orchestrator.cumulate_output_tokens(column)
 
 
 def process_prebuilt(original: Callable[..., None], self: Any, future_map: Any) -> None:
@@ -235,21 +264,40 @@ def _is_over(req: Any) -> bool:
 
 
 def cumulate_penalty_output_tokens(original: Callable[..., None], self: Any) -> None:
-    """Keep xn out of the penalties and out of `min_new_tokens`: SGLang would count it as generated."""
-    fresh = [row for row, req in enumerate(self.reqs) if awaits_first_token(req)]
-    if not fresh:
+    """Count every y once and xn never: for the penalties when it is known, for `min_new_tokens` when it is computed.
+
+    Before each step SGLang counts the last token that it knows. Before the first step of a request without output that
+    is xn. Before the second under overlap scheduling it is the same token again, since what the first step chooses is
+    still being computed: `min_new_tokens`, which asks only how many there are, counts that one; the penalties wait.
+    """
+    from sglang.srt.sampling.penaltylib import BatchedMinNewTokensPenalizer
+
+    first, nothing_new = [], []
+    for row, req in enumerate(self.reqs):
+        told = getattr(req, _TOLD, None)
+        if told is None and not len(req.output_ids):
+            first.append(row)
+        if (told or 0) == len(req.output_ids):
+            nothing_new.append(row)
+        setattr(req, _TOLD, len(req.output_ids))
+    penalizers = self.sampling_info.penalizer_orchestrator.penalizers
+    with _rows_kept(self, dict.fromkeys(penalizers, nothing_new) | {BatchedMinNewTokensPenalizer: first}):
         original(self)
-        return
+
+
+@contextmanager
+def _rows_kept(batch: Any, rows: Mapping[type, list[int]]) -> Iterator[None]:
+    """Give each penalizer class its `rows` back as they were before what SGLang counts in the meantime."""
     import torch
 
-    kept: list[tuple[Any, str, Any]] = []
-    for penalizer in self.sampling_info.penalizer_orchestrator.penalizers.values():
-        for name, value in vars(penalizer).items():
-            if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == len(self.reqs):
-                kept.append((penalizer, name, value[fresh].clone()))
-    original(self)
-    for penalizer, name, rows in kept:
-        getattr(penalizer, name)[fresh] = rows
+    kept: list[tuple[Any, str, list[int], Any]] = []
+    for kind, penalizer in batch.sampling_info.penalizer_orchestrator.penalizers.items():
+        for name, value in vars(penalizer).items() if rows[kind] else ():
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == len(batch.reqs):
+                kept.append((penalizer, name, rows[kind], value[rows[kind]].clone()))
+    yield
+    for penalizer, name, those, values in kept:
+        getattr(penalizer, name)[those] = values
 
 
 @contextmanager
