@@ -4,6 +4,8 @@ known is no failure."""
 from __future__ import annotations
 
 import os
+import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +132,48 @@ def test_a_peer_ends_with_its_worker_and_loads_no_torch() -> None:
     assert b"numpy" in names and not {b"torch", b"numba", b"triton", b"sglang"} & names
 
 
+_WORKER = """
+import os
+from sglang_prefillshare.errors import HandoffError
+from sglang_prefillshare.handoff import messages, proof
+from sglang_prefillshare.handoff.geometry import KVGeometry
+from sglang_prefillshare.handoff.lease_table import create_lease_region
+from sglang_prefillshare.handoff.memory import SharedRegion, process_start
+from sglang_prefillshare.handoff.pool import PoolView
+try:
+    region, leases = SharedRegion.create(4096, name="kv"), create_lease_region().handle
+    memory, geometry = messages.HostMemory(region.handle.fd, 4096, (0,)), KVGeometry(1, "float32", (96,))
+    offer = messages.Pool(
+        "", os.getpid(), process_start("self"), leases.fd, leases.size, 1, geometry, memory
+    )
+    proof.prove_lending(offer, PoolView.at([region.address], (96,), 1, owner=region), device=None)
+    print("proved")
+except HandoffError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("around", "told"),
+    [
+        (["unshare", "--pid", "--fork", "--mount-proc"], "proved"),
+        (["unshare", "--pid", "--fork"], "cannot be seen from here (it is gone)"),
+        (["prlimit", "--fsize=1024"], "cannot make 4096 bytes of shared memory: File too large"),
+    ],
+    ids=["a PID namespace", "a PID namespace without its /proc", "a limit"],
+)
+def test_in_a_container_that_is_not_as_it_must_be_the_reason_is_told(around: list[str], told: str) -> None:
+    """Namespaces and limits of the kernel's own."""
+    if (
+        shutil.which(around[0]) is None
+        or subprocess.run([*around, "true"], check=False, stderr=subprocess.DEVNULL).returncode
+    ):
+        pytest.skip(f"{around[0]} is not to be had here")
+    done = subprocess.run([*around, sys.executable, "-c", _WORKER], stdout=subprocess.PIPE, text=True, check=True)
+    assert told in done.stdout
+    assert told == "proved" or "choose --disaggregation-transfer-backend nixl" in done.stdout
+
+
 def test_only_want_of_room_on_a_gpu_leaves_it_open() -> None:
     busy = proof.explain(proof.cuda_memory.DriverError("cuDevicePrimaryCtxRetain", "CUDA_ERROR_OUT_OF_MEMORY"))
     assert isinstance(busy, proof.UntriedError)
@@ -151,8 +195,6 @@ def test_a_worker_that_is_killed_leaves_no_peer(tmp_path: Path) -> None:
     watched = os.pidfd_open(int(told.read_text()))
     worker.send_signal(signal.SIGKILL)
     worker.wait()
-    import select
-
     poller = select.poll()
     poller.register(watched, select.POLLIN)
     assert poller.poll(20_000), "the peer outlives its worker"
