@@ -1,6 +1,6 @@
 # `make` lists what there is to do.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu soak fuzz figure2 table1 lint fmt bench-training bench-handoff bench-router bench-idle bench-serving bench-smoke clean
+.PHONY: help setup demo test test-slow test-gpu soak fuzz figure2 table1 lint fmt bench-training bench-handoff bench-router bench-idle bench-serving bench-gpu bench-smoke clean
 
 PYTHON := .venv/bin/python
 # Several processes of several OpenMP threads each stall one another on a small machine.
@@ -61,6 +61,9 @@ bench-idle: setup ## Measure what an idle deployment costs, and what waking it u
 
 bench-serving: setup ## Shared prefill beside stock SGLang, four agents, two workloads (45 minutes at most, or it says how long)
 	@$(PYTHON) -m sglang_prefillshare.cli bench serving benchmark/serving/serving.yaml $(ARGS)
+
+bench-gpu: setup ## The same at full length on one GPU of 80 GB, with models of 1.5B parameters (under 10 minutes)
+	@$(PYTHON) -m sglang_prefillshare.cli bench serving benchmark/serving/gpu.yaml $(ARGS)
 
 bench-smoke: setup ## The same in miniature (2 to 6 minutes, most of them starting workers)
 	@$(PYTHON) -m sglang_prefillshare.cli bench serving benchmark/serving/smoke.yaml

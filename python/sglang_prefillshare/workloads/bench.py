@@ -10,13 +10,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+from msgspec.structs import replace
 from rich.console import Console
 
 from sglang_prefillshare.deployment import Deployment, Silent, has_accelerator
@@ -27,6 +29,7 @@ from sglang_prefillshare.workloads.display import Observer, describe, terminal
 from sglang_prefillshare.workloads.machine import measure_machine, read_config, worker_dtype
 from sglang_prefillshare.workloads.measure import Measurement, Servers, measure, warm_up
 from sglang_prefillshare.workloads.models import prepare_models, token_id_range
+from sglang_prefillshare.workloads.mps import cuda_mps
 from sglang_prefillshare.workloads.points import Point, points_of, turns_of
 from sglang_prefillshare.workloads.report import Row, point_row
 from sglang_prefillshare.workloads.results import SUMMARY, Results
@@ -66,8 +69,8 @@ def run_benchmark(benchmark: Benchmark, *, console: Console | None = None, anywa
         check_room(benchmark, points_of(benchmark, workload, repeat=0, token_ids=token_ids))
     results = Results(Path(benchmark.out), benchmark, dtype=dtype, budget=None if budget is None else budget.describe())
     try:
-        with terminal(console, points=benchmark.point_count) as observer:
-            run = Run(benchmark, models, token_ids, results, observer)
+        with terminal(console, points=benchmark.point_count) as observer, _mps(benchmark, observer) as settled:
+            run = Run(settled, models, token_ids, results, observer)
             for topology, repeats in turns_of(benchmark.topologies, benchmark.repeats):
                 _run_topology(run, topology, repeats)
     finally:
@@ -75,6 +78,18 @@ def run_benchmark(benchmark: Benchmark, *, console: Console | None = None, anywa
             path = results.finish()
             console.print(f"written to {path}", soft_wrap=True)
     return results.folder / SUMMARY
+
+
+@contextmanager
+def _mps(benchmark: Benchmark, observer: Observer) -> Iterator[Benchmark]:
+    """The benchmark, whose workers know of CUDA MPS where it is wanted and can be had."""
+    workers = benchmark.workers
+    if not workers.cuda_mps:
+        yield benchmark
+        return
+    with cuda_mps() as (environ, told):
+        observer.on_note(told)
+        yield replace(benchmark, workers=replace(workers, env={**environ, **workers.env}))
 
 
 def _told(budget: Budget) -> str:

@@ -176,6 +176,11 @@ class Workers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     env: dict[str, str | None] = {}
     router_args: dict[str, Flag] = {}
     shared_router_args: dict[str, Flag] = {}
+    prefill_gpus: tuple[int, ...] = ()
+    decode_gpus: tuple[int, ...] = ()
+    """GPUs that a side's workers are dealt out to, one each; without, SGLang's choice. Colocated ones are on both."""
+    cuda_mps: bool = False
+    """Start CUDA MPS where it can be had, so that processes share a GPU at the same time."""
     prefill_cores: tuple[int, ...] = ()
     decode_cores: tuple[int, ...] = ()
     """Processor cores that the workers of a side run on, once they are ready; without, the system's choice."""

@@ -103,7 +103,8 @@ def _write_model(shape: RandomModel, folder: Path, *, seed: int) -> None:
         dtype=shape.dtype,
     )
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).to(getattr(torch, shape.dtype))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a CPU takes minutes for billions of numbers
+        model = LlamaForCausalLM(config).to(getattr(torch, shape.dtype))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

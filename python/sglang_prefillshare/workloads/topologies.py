@@ -49,14 +49,21 @@ def topology_of(benchmark: Benchmark, name: TopologyName, models: Mapping[str, P
     own_router = workers.shared_router_args if name == "shared" else {}
     return Topology(
         base=WorkerSettings(
-            str(models["base"]), workers=prefill_count, args=_args(workers.args, workers.prefill_args, own)
+            str(models["base"]),
+            workers=prefill_count,
+            gpus=workers.prefill_gpus[:prefill_count],
+            args=_args(workers.args, workers.prefill_args, own),
         ),
         decode=tuple(
             DecodeModule(
                 agent,
-                WorkerSettings(str(models[agent]), args=_args(workers.args, workers.decode_args, own, own_decode)),
+                WorkerSettings(
+                    str(models[agent]),
+                    gpus=_dealt(workers.decode_gpus, place),
+                    args=_args(workers.args, workers.decode_args, own, own_decode),
+                ),
             )
-            for agent in agents
+            for place, agent in enumerate(agents)
         ),
         router=RouterSettings(args=_args(workers.router_args, own_router)),
         env=dict(workers.env),
@@ -94,8 +101,11 @@ class IsolatedDeployment(Deployment):
     def _plan(self) -> tuple[list[WorkerPlan], WorkerPlan | None]:
         workers = self._settings
         plans = []
-        for module in self._topology.decode:
-            for role, own in ((Role.PREFILL, workers.prefill_args), (Role.DECODE, workers.decode_args)):
+        for place, module in enumerate(self._topology.decode):
+            for role, own, gpus in (
+                (Role.PREFILL, workers.prefill_args, workers.prefill_gpus),
+                (Role.DECODE, workers.decode_args, workers.decode_gpus),
+            ):
                 disaggregation: dict[str, ArgValue] = {
                     **METRICS,
                     "disaggregation-mode": role.value,
@@ -103,11 +113,14 @@ class IsolatedDeployment(Deployment):
                 }
                 extra = workers.isolated_decode_args if role is Role.DECODE else {}
                 args = _args(disaggregation, workers.args, own, workers.isolated_args, extra)
-                plans.append(self._plan_stock(module, role, f"{module.name}.{role.value}", args))
+                name = f"{module.name}.{role.value}"
+                plans.append(self._plan_stock(module, role, name, args, gpus=_dealt(gpus, place)))
         router = plan_router(self._topology, plans, ports=self._ports, options=self._options, environ=os.environ)
         return plans, router
 
-    def _plan_stock(self, module: DecodeModule, role: Role | None, name: str, args: dict[str, ArgValue]) -> WorkerPlan:
+    def _plan_stock(
+        self, module: DecodeModule, role: Role | None, name: str, args: dict[str, ArgValue], *, gpus: tuple[int, ...]
+    ) -> WorkerPlan:
         is_cpu_host = not has_accelerator()
         env: dict[str, str | None] = {}
         if is_cpu_host and role is Role.DECODE:
@@ -117,7 +130,7 @@ class IsolatedDeployment(Deployment):
             env["SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX"] = "0"
         return plan_worker(
             self._topology,
-            WorkerSettings(module.settings.model, args=args, env=env),
+            WorkerSettings(module.settings.model, gpus=gpus, args=args, env=env),
             name=name,
             role=role,
             module=module.name,
@@ -137,10 +150,20 @@ class ColocatedDeployment(IsolatedDeployment):
     def _plan(self) -> tuple[list[WorkerPlan], WorkerPlan | None]:
         workers = self._settings
         plans = [
-            self._plan_stock(module, None, module.name, _args(METRICS, workers.args, workers.colocated_args))
-            for module in self._topology.decode
+            self._plan_stock(
+                module,
+                None,
+                module.name,
+                _args(METRICS, workers.args, workers.colocated_args),
+                gpus=_dealt((*workers.decode_gpus, *workers.prefill_gpus), place),
+            )
+            for place, module in enumerate(self._topology.decode)
         ]
         return plans, None
+
+
+def _dealt(gpus: tuple[int, ...], place: int) -> tuple[int, ...]:
+    return (gpus[place % len(gpus)],) if gpus else ()
 
 
 def urls_by_agent(deployment: Deployment, agents: tuple[str, ...]) -> dict[str, str]:
