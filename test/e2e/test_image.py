@@ -1,6 +1,6 @@
 """The CPU image without an engine: its steps in a clean root, then the demo's services in it as compose starts them.
 
-Downloads about 1 GB, takes 7 GB of disk and, where it is done, 3 GB of memory; some ten minutes on two cores.
+Downloads about 1 GB and takes 7 GB of disk; 10 to 15 minutes on two cores.
 """
 
 from __future__ import annotations
