@@ -1,6 +1,6 @@
 """The CPU image without an engine: its steps in a clean root, then the demo's services in it as compose starts them.
 
-Downloads about 1 GB, takes 7 GB of disk and, where it is done, 3 GB of memory; some ten minutes on two cores.
+Downloads about 1 GB and takes 7 GB of disk; 10 to 15 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -52,6 +52,20 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
         shutil.rmtree(folder)
 
 
+@pytest.fixture
+def models(image: Image, tmp_path: Path) -> Iterator[Path]:
+    """The compose file's volume, filled by the service that does it."""
+    folder = tmp_path / "models"
+    try:
+        shutil.copytree(image.root / "models", folder)  # what an engine fills a new volume with, its owner too
+        os.chown(folder, image.user.uid, image.user.gid)
+        with room(image.root, binds=[Bind(folder, Path("/models"), is_writable=True)]) as opened:
+            ran(opened, image, SERVICES["models"]["command"])
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
 def test_the_images_command_and_doctor_run_as_its_user(image: Image) -> None:
     print(report(image))
     with room(image.root) as opened:
@@ -61,13 +75,7 @@ def test_the_images_command_and_doctor_run_as_its_user(image: Image) -> None:
         ran(opened, image, ["prefillshare", "doctor", *quick])
 
 
-def test_the_demos_services_become_healthy_answer_right_and_stop(image: Image, tmp_path: Path) -> None:
-    models = tmp_path / "models"
-    shutil.copytree(image.root / "models", models)  # what an engine fills a new volume with, its owner too
-    os.chown(models, image.user.uid, image.user.gid)
-    with room(image.root, binds=[Bind(models, Path("/models"), is_writable=True)]) as opened:
-        ran(opened, image, SERVICES["models"]["command"])
-
+def test_the_demos_services_become_healthy_answer_right_and_stop(image: Image, models: Path, tmp_path: Path) -> None:
     shared_memory = SERVICES["pod"]["shm_size"].removesuffix("b")
     with room(image.root, binds=[Bind(models, Path("/models"))], shared_memory=shared_memory) as opened:
         began = time.monotonic()
