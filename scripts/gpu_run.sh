@@ -19,8 +19,8 @@ mkdir -p "$out"
     git rev-parse HEAD 2>/dev/null
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
     "$python" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__)'
-} >"$out/host.txt" 2>&1
-cat "$out/host.txt"
+} >"$out/host.log" 2>&1
+cat "$out/host.log"
 
 failed=0
 step() { # NAME SECONDS COMMAND...
