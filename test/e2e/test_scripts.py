@@ -30,7 +30,7 @@ RUN_BY = {
     "benchmark/kernels/host_cost.py": "test_scripts_of_one_process",
     "benchmark/kernels/cpu_operators.py": "test_scripts_of_one_process",
     "benchmark/handoff/run.py": "test_scripts_of_one_process",
-    "benchmark/handoff/session.py": "test_scripts_with_servers",
+    "benchmark/handoff/session.py": "test_the_session_benchmark",
     "benchmark/serving/idle.py": "test_scripts_with_servers",
     "benchmark/serving/router.py": "test_scripts_with_servers",
     "benchmark/training/figure2.py": "test_scripts_of_one_process",
@@ -153,7 +153,6 @@ def session(module: Any, out: Path, models: Models, patch: pytest.MonkeyPatch) -
 SERVED: Mapping[str, Small] = {
     "benchmark.serving.idle": idle,
     "benchmark.serving.router": router,
-    "benchmark.handoff.session": session,
 }
 
 
@@ -165,6 +164,15 @@ def test_scripts_with_servers(
     served(module)
     written = SERVED[name](module, tmp_path, models, monkeypatch)
     assert written is not None and json.loads(written.read_text())
+
+
+@pytest.mark.slow  # its three agents' prompts are too many for the small pools beside other work
+def test_the_session_benchmark(
+    tmp_path: Path, models: Models, served: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("benchmark.handoff.session")
+    served(module)
+    assert json.loads(session(module, tmp_path, models, monkeypatch).read_text())
 
 
 def in_a_process(*command: Any, timeout_s: float, **env: str) -> str:
@@ -201,6 +209,7 @@ def test_table_1(tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch
     assert json.loads((tmp_path / "table.json").read_text())["test_questions"] == 1
 
 
+@pytest.mark.slow  # four workers of 135M parameters beside the servers of this process: more than 24 GiB, a worker is killed
 def test_the_demo(tmp_path: Path) -> None:
     """What `make demo` runs, one turn of few tokens."""
     script, out = ROOT / "examples" / "demo" / "run.py", tmp_path / "demo"
