@@ -58,5 +58,6 @@ def test_without_our_flags_every_setting_is_what_it_is_without_us(model: Path) -
     allowed = {
         "sglang.srt.server_args.ServerArgs.add_cli_args",
         "sglang.srt.server_args.ServerArgs.from_cli_args",
+        "sglang.srt.server_args.ServerArgs.check_server_args",
     }
     assert set(installed["hooks"]) <= allowed, "only the flags may be hooked before a role is chosen"
