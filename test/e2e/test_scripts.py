@@ -209,7 +209,7 @@ def test_table_1(tmp_path: Path, models: Models, monkeypatch: pytest.MonkeyPatch
     assert json.loads((tmp_path / "table.json").read_text())["test_questions"] == 1
 
 
-@pytest.mark.slow  # four workers of 135M parameters beside the servers of this process: more than 24 GiB, a worker is killed
+@pytest.mark.slow  # four more workers of 135M parameters do not fit beside those
 def test_the_demo(tmp_path: Path) -> None:
     """What `make demo` runs, one turn of few tokens."""
     script, out = ROOT / "examples" / "demo" / "run.py", tmp_path / "demo"
