@@ -55,7 +55,13 @@ class Call:
 
 
 @click.command(help=__doc__)
-@click.option("--increments", default=60, show_default=True, help="Calls whose context has grown by 64 tokens.")
+@click.option(
+    "--increments",
+    default=60,
+    show_default=True,
+    type=click.IntRange(2),
+    help="Calls whose context has grown by 64 tokens.",
+)
 @click.option("--turns", default=5, show_default=True, help="Turns of the four agents.")
 @click.option("--dtype", default="bfloat16", show_default=True)
 @click.option("--out", default=ROOT / "out", type=click.Path(path_type=Path), show_default=False)

@@ -143,6 +143,11 @@ class Worker:
             return 0.0
         return (time.monotonic() if self.ready_at is None else self.ready_at) - self.started_at
 
+    @property
+    def where_its_log_is(self) -> str:
+        """A sentence to put after another one; empty without a log."""
+        return "" if self.log_file is None else f" Its log is {self.log_file}."
+
     def tail(self, line_count: int = _TAIL_LINES_IN_ERROR) -> list[str]:
         """Its last lines of output."""
         return [] if self.process is None else self.process.tail(line_count)
@@ -373,8 +378,7 @@ class Deployment:
                 loading.append(worker)
             for worker in loading:
                 if worker.last_answer.startswith(CANNOT_HAND_OVER):
-                    log = "" if worker.log_file is None else f" Its log is {worker.log_file}."
-                    raise WorkerError(f"{worker.name} {worker.last_answer}{log}")
+                    raise WorkerError(f"{worker.name} {worker.last_answer}{worker.where_its_log_is}")
             if late := [worker for worker in loading if worker.waited_s > timeout_s]:
                 raise _late_error(late, timeout_s)
             self._handle(self._next_event(timeout_s=min(1.0, timeout_s)))
@@ -800,8 +804,8 @@ def _ended_error(worker: Worker, status: ExitStatus, *, policy: RestartPolicy | 
     tried = ""
     if policy is not None:
         tried = f" It was restarted {_times(policy.limit)} within {policy.window_s / 60:g} minutes; that is the limit."
-    log = "" if worker.log_file is None else f" Its log is {worker.log_file}."
-    return WorkerError(f"{worker.name} {_ended_because(worker, status)}.{tried}{log} Last lines:\n{quote_tail(worker)}")
+    told = f"{_ended_because(worker, status)}.{tried}{worker.where_its_log_is}"
+    return WorkerError(f"{worker.name} {told} Last lines:\n{quote_tail(worker)}")
 
 
 def _ended_because(worker: Worker, status: ExitStatus) -> str:

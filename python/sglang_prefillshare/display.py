@@ -78,11 +78,10 @@ class Display:
             self._print(worker, Text.from_ansi(line))
 
     def on_restart(self, worker: Worker, restart: Restart, reason: str) -> None:
-        log = "" if worker.log_file is None else f" Its log is {worker.log_file}."
         self._tell(
             worker,
             f"{time.strftime('%H:%M:%S')} {reason}; restart {restart.number} of {restart.limit} in "
-            f"{restart.delay_s:g} s.{log} Last lines:\n{quote_tail(worker)}",
+            f"{restart.delay_s:g} s.{worker.where_its_log_is} Last lines:\n{quote_tail(worker)}",
         )
 
     def on_wait(self, workers: Sequence[Worker]) -> None:

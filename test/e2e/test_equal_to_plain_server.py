@@ -69,8 +69,8 @@ _IGNORED = {
     "id", "created", "model", "cached_tokens", "cached_tokens_details", "prompt_tokens_details",
     "input_token_logprobs", "input_top_logprobs", "system_fingerprint",
     "api_server_dispatch_finish_ts", "decode_throughput", "e2e_latency", "first_token_latency", "forward_entry_time",
-    "num_retractions", "prefill_finished_time", "queue_time", "request_finished_ts", "request_received_ts",
-    "response_sent_to_client_ts", "storage_prefetch_wait", "storage_staging_wait",
+    "prefill_finished_time", "queue_time", "request_finished_ts", "request_received_ts", "response_sent_to_client_ts",
+    "storage_prefetch_wait", "storage_staging_wait",
 }  # fmt: skip
 
 

@@ -10,14 +10,13 @@ from collections.abc import Callable
 from typing import Any
 
 import aiohttp
-import psutil
 import pytest
 
 from sglang_prefillshare.deployment import Deployment, Worker
 from test.e2e.conftest import Models
 from test.support.models import sample_prompt
 from test.support.oracle import Oracle
-from test.support.servers import greedy, pairing, post, session, until_idle
+from test.support.servers import greedy, pairing, post, processes, session, until_idle
 
 pytestmark = pytest.mark.devices
 NEW_TOKENS = 12
@@ -26,13 +25,6 @@ NEW_TOKENS = 12
 @pytest.fixture(scope="module")
 def oracle(models: Models) -> Oracle:
     return Oracle(models.base, models.coder)
-
-
-def processes(deployment: Deployment) -> set[tuple[int, float]]:
-    """Every process of every worker, by number and start."""
-    roots = [psutil.Process(worker.pid) for worker in deployment.workers if worker.pid is not None]
-    found = [process for root in roots for process in (root, *root.children(recursive=True))]
-    return {(process.pid, process.create_time()) for process in found}
 
 
 def generate(**fields: Any) -> tuple[str, dict[str, Any]]:

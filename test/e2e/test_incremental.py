@@ -305,7 +305,14 @@ def test_both_loops_answer_alike(small_pools: tuple[Deployment, Oracle], name: s
 
     overlapped, other = asyncio.run(run())
     assert (overlapped.status, other.status) == (200, 200), (overlapped, other)
-    assert comparable(overlapped.body) == comparable(other.body)
+    assert but_for_retractions(comparable(overlapped.body)) == but_for_retractions(comparable(other.body))
+
+
+def but_for_retractions(value: Any) -> Any:
+    """How often a request was retracted in a pool this small is timing."""
+    if isinstance(value, dict):
+        return {key: but_for_retractions(inner) for key, inner in value.items() if key != "num_retractions"}
+    return [but_for_retractions(inner) for inner in value] if isinstance(value, list) else value
 
 
 def test_a_decode_worker_without_a_cache_moves_everything(tmp_path: Path) -> None:

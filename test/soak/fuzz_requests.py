@@ -27,7 +27,6 @@ from typing import Any
 
 import aiohttp
 import click
-import psutil
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
@@ -37,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 from sglang_prefillshare.deployment import Deployment  # noqa: E402
 from sglang_prefillshare.request_fields import GENERATE, OPENAI, SAMPLING_PARAMS  # noqa: E402
 from test.support.models import make_base, make_decode_module, sample_prompt  # noqa: E402
-from test.support.servers import deploy, greedy, post, session, topology, until_idle  # noqa: E402
+from test.support.servers import deploy, greedy, post, processes, session, topology, until_idle  # noqa: E402
 
 AT_ONCE = 8
 HANG_S = 60.0
@@ -178,18 +177,6 @@ class Found:
             "right answers of the other client": self.neighbour_answers,
             "wrong": self.wrong,
         }
-
-
-def processes(deployment: Deployment) -> set[tuple[int, float]]:
-    """Every process of every worker, by number and start."""
-    found = set()
-    for worker in deployment.workers:
-        try:
-            root = psutil.Process(worker.pid)
-            found |= {(process.pid, process.create_time()) for process in (root, *root.children(recursive=True))}
-        except psutil.NoSuchProcess:
-            continue
-    return found
 
 
 def run(

@@ -17,7 +17,6 @@ import multiprocessing
 import os
 import select
 import signal
-import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,6 +40,7 @@ from sglang_prefillshare.host.transfer.rig import (
     become_scheduler,
     checksum_pages,
     fill_pages,
+    free_port,
 )
 from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.settings import BACKEND_NAME
@@ -219,7 +219,7 @@ class PrefillProcess(WorkerProcess):
         port: int | None = None,
         **more: Any,
     ) -> None:
-        super().__init__(Spec(Role.PREFILL, backend, shape, base, port or _free_port(), env or {}, **more))
+        super().__init__(Spec(Role.PREFILL, backend, shape, base, port or free_port(), env or {}, **more))
 
     @property
     def bootstrap_addr(self) -> str:
@@ -302,12 +302,6 @@ def _checked(handoffs: Sequence[Handoff]) -> tuple[Handoff, ...]:
     if not 0 < len(handoffs) <= METADATA_ROWS:
         raise ValueError(f"{len(handoffs)} handoffs at once, wanted 1 to {METADATA_ROWS}.")
     return tuple(handoffs)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 # ---- what goes over the pipe: (call, command) one way, (call, reply) the other -------------------------------------

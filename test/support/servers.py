@@ -10,12 +10,13 @@ import threading
 import time
 import urllib.request
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_prefillshare.config import DecodeModule, RouterSettings, Topology, WorkerSettings
@@ -146,6 +147,16 @@ def greedy(prompt: Sequence[int], max_new_tokens: int, **more: Any) -> dict[str,
     """A `/generate` body that asks for exactly `max_new_tokens` greedy tokens."""
     sampling = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True}
     return {"input_ids": list(prompt), "sampling_params": sampling, **more}
+
+
+def processes(deployment: Deployment) -> set[tuple[int, float]]:
+    """Every process of every worker, by number and start; one that is gone is not among them."""
+    found = set()
+    for worker in deployment.workers:
+        with suppress(psutil.NoSuchProcess):
+            root = psutil.Process(worker.pid)
+            found |= {(process.pid, process.create_time()) for process in (root, *root.children(recursive=True))}
+    return found
 
 
 async def used_tokens(client: aiohttp.ClientSession, worker: Worker) -> tuple[int, int]:

@@ -129,23 +129,6 @@ SCHEDULER: Final = (
         why="the HTTP process must know the fingerprint and the pool's size", changes="its result: one key more",
         retire_when="schedulers can publish plugin data",
     ),
-    Seam(
-        "sglang.srt.layers.sampler.Sampler.forward", "roles.grammar:sample", "around",
-        ("self", "logits_output", "sampling_info", "return_logprob", "top_logprobs_nums", "token_ids_logprobs",
-         "positions", "logprob_logits"),
-        why="a grammar that allows no token ends its request, not the worker", changes="logits of such a row: all 0",
-        retire_when="SGLang ends requests whose grammar allows no token",
-    ),
-    Seam(
-        f"{_RESULTS}._accept_grammar_tokens", "roles.grammar:accept_tokens", "around", ("self", "req", "tokens"),
-        why="what such a request gets is a 400 with the reason", changes="the request's to_finish",
-        retire_when="the same",
-    ),
-    Seam(
-        f"{_RESULTS}._apply_prefill_grammar", "roles.grammar:accept_first_token", "around",
-        ("self", "req", "next_token_id", "already_advanced"),
-        why="the same for its first token", changes="the same", retire_when="the same",
-    ),
 )  # fmt: skip
 """The scheduler of either role. (Prefill's HTTP process asks for the bootstrap server's class, too.)"""
 
@@ -278,6 +261,18 @@ DECODE_SCHEDULER: Final = (
         why="xn is no output, and each y counts once: for penalties and for min_new_tokens",
         changes="the penalizers' rows: as before the call; a counter of ours on each request",
         retire_when="SGLang can leave the first token to the decode side, and counts right under overlap",
+    ),
+    Seam(
+        "sglang.srt.layers.sampler.Sampler.forward", "roles.grammar:sample", "around",
+        ("self", "logits_output", "sampling_info", "return_logprob", "top_logprobs_nums", "token_ids_logprobs",
+         "positions", "logprob_logits"),
+        why="a grammar that allows no token ends its request, not the worker", changes="logits of such a row: all 0",
+        retire_when="SGLang ends requests whose grammar allows no token",
+    ),
+    Seam(
+        f"{_RESULTS}._accept_grammar_tokens", "roles.grammar:accept_tokens", "around", ("self", "req", "tokens"),
+        why="what such a request gets is a 400 with the reason", changes="the request's to_finish",
+        retire_when="the same",
     ),
 )  # fmt: skip
 """A decode worker's scheduler."""

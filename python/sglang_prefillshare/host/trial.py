@@ -9,7 +9,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import select
-import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from sglang_prefillshare.host.transfer.rig import (
     Rig,
     Sending,
     become_scheduler,
+    free_port,
     new_room,
 )
 from sglang_prefillshare.protocol import Role
@@ -102,7 +102,7 @@ def _hand_over(prefill: _End, decode: _End, page_size: int) -> int:
     deadline = time.monotonic() + TRIAL_TIMEOUT_S
     pages = np.arange(1, PAGE_COUNT, dtype=np.int32)
     source, target = (np.random.permutation(pages)[:PAGES_MOVED] for _ in range(2))
-    task = _Task(page_size, _free_port(), new_room(), source, target)
+    task = _Task(page_size, free_port(), new_room(), source, target)
     for end in (prefill, decode):  # one after the other: decode asks a prefill worker that listens
         end.give(task)
         end.take(deadline)
@@ -194,12 +194,6 @@ class _Inherited:
 
 def _reopen(duplicate: Any) -> int:
     return int(duplicate.detach())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
 
 
 # ---- in the process itself -----------------------------------------------------------------------------------------

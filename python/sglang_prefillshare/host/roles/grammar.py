@@ -1,5 +1,7 @@
 """Grammars that leave no token: such a request gets an error, and the others of its batch what they asked for.
 
+Only decode workers have any: prefill samples without (`prefill.create_generation_req`).
+
 A grammar can be empty (`root ::= root`), can ask for what the vocabulary cannot spell, or can end while
 `min_new_tokens` forbids every end. Each logit of such a row is then -inf, its probabilities are NaN, and sampling from
 NaN ends the process on a CPU and is undefined on a GPU.
@@ -40,12 +42,6 @@ def accept_tokens(original: Callable[..., Any], self: Any, req: Any, tokens: Any
     retained = original(self, req, tokens)
     blame_request(req)
     return retained
-
-
-def accept_first_token(original: Callable[..., None], self: Any, *, req: Any, **kw: Any) -> None:
-    """A prefill's token."""
-    original(self, req=req, **kw)
-    blame_request(req)
 
 
 def blame_request(req: Any) -> None:

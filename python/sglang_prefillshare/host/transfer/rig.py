@@ -88,6 +88,12 @@ def new_room() -> int:
     return random.getrandbits(62) + 1
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
 def become_scheduler(
     role: Role,
     *,
