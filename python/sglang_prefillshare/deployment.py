@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any, Final, Literal, Protocol, Self, TextIO
 from sglang_prefillshare.config import ArgValue, DecodeModule, Topology, WorkerSettings, flags_of
 from sglang_prefillshare.errors import ConfigError, HandoffError, WorkerError
 from sglang_prefillshare.handoff import proof
+from sglang_prefillshare.preload import Preloader
 from sglang_prefillshare.process import ExitStatus, StopGrace, SupervisedProcess, describe_exit
 from sglang_prefillshare.protocol import WORKER_INFO_PATH, Role
 from sglang_prefillshare.restarts import Restart, RestartPolicy
@@ -49,6 +50,9 @@ otherwise: several processes with several OpenMP threads each wait for one anoth
 scheduler died would wait 5 s for a GPU to settle, then up to 60 s for its core dump, before it ends. What else a CPU
 needs SGLang gets from our platform (`host/cpu/platform.py`), with or without `up`."""
 
+PRELOADED: Final = ("sglang.srt.entrypoints.http_server", "sglang.srt.models.registry")
+"""What every worker imports. SGLang's plugins are not among it: a worker loads them when it knows what it is."""
+
 API_KEY_VARIABLE: Final = "PREFILLSHARE_WORKER_API_KEY"
 """Hands the workers' key to the router, for which a flag would be readable by every user of the machine."""
 
@@ -65,6 +69,7 @@ ROUTER_READY_TIMEOUT_S: Final = 60.0
 CANNOT_HAND_OVER: Final = "can hand no KV over: "
 """How the last answer of a worker begins that will never be ready, whatever it is given: it has said why."""
 
+_UNBUFFERED: Final[Mapping[str, str]] = {"PYTHONUNBUFFERED": "1"}
 _ANSWER_BYTES: Final = 64 * 1024
 _GPUS: Final = "CUDA_VISIBLE_DEVICES"
 _BACKEND: Final = "disaggregation-transfer-backend"
@@ -197,7 +202,8 @@ class DeploymentOptions:
 
     `ready_timeout_s` counts for each worker from its own start. `start_concurrency` workers load at the same time;
     `None` is one for each usable core. Without `restarts` a process that dies while all serve ends everything, as
-    one that dies before always does: who measures must not measure a restart.
+    one that dies before always does: who measures must not measure a restart. On a host without an accelerator workers
+    are forked from the `preloader`, which several deployments may share; a deployment without one makes its own.
     """
 
     ready_timeout_s: float = 300.0
@@ -208,6 +214,7 @@ class DeploymentOptions:
     worker_command: tuple[str, ...] = WORKER_COMMAND
     router_command: tuple[str, ...] = ROUTER_COMMAND
     restarts: RestartPolicy | None = None
+    preloader: Preloader | None = None
 
     def __post_init__(self) -> None:
         if self.ready_timeout_s <= 0:
@@ -247,6 +254,7 @@ class Deployment:
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._start_concurrency = self._options.start_concurrency or len(os.sched_getaffinity(0))
         self._has_started = False
+        self._preloader = self._options.preloader
         self.workers: list[Worker] = []
         self.router: Worker | None = None
 
@@ -288,6 +296,8 @@ class Deployment:
         self.router = None if router_plan is None else Worker(router_plan)
         for worker in self._all():
             self._observer.on_state(worker)
+        if self._preloader is None and options.worker_command == WORKER_COMMAND:
+            self._preloader = preloader(plans[0].env)
         self._bring_up(self.workers, self._start_concurrency, options.ready_timeout_s)
         if self.router is not None:  # after the workers, whose descriptions it reads
             self._bring_up([self.router], 1, min(options.ready_timeout_s, ROUTER_READY_TIMEOUT_S))
@@ -354,6 +364,8 @@ class Deployment:
                     worker.process.kill()
             elif event.kind == "tick":
                 self._observer.on_wait(running)
+        if self._preloader is not None and self._preloader is not self._options.preloader:
+            self._preloader.close()
         self._ports.release()
 
     def describe(self) -> dict[str, Any]:
@@ -412,6 +424,7 @@ class Deployment:
             on_line=on_line,
             on_exit=on_exit,
             grace=self._options.grace,
+            preloader=None if worker is self.router else self._preloader,
         )
         self._set_state(worker, State.STARTING)
         threading.Thread(
@@ -663,7 +676,7 @@ def plan_router(
         port=port,
         bootstrap_port=None,
         command=(*command, *flags_of(router.args)),
-        env={**environ, "PYTHONUNBUFFERED": "1", **({} if api_key is None else {API_KEY_VARIABLE: api_key})},
+        env={**environ, **_UNBUFFERED, **({} if api_key is None else {API_KEY_VARIABLE: api_key})},
         ready_paths=("/health",),
     )
 
@@ -673,16 +686,14 @@ def _worker_env(
 ) -> dict[str, str]:
     """Later ones win: CPU defaults, our own environment, the GPUs given, the topology's `env`, the worker's."""
     gpus = settings.gpus_of(index)
-    layers: list[Mapping[str, str | None]] = [
+    return _merged(
         CPU_ENV if is_cpu else {},
         environ,
-        {"PYTHONUNBUFFERED": "1"},
+        _UNBUFFERED,
         {_GPUS: ",".join(map(str, gpus))} if gpus else {},
         topology.env,
         settings.env,
-    ]
-    env = {name: value for layer in layers for name, value in layer.items()}
-    return {name: value for name, value in env.items() if value is not None}
+    )
 
 
 class PortBlocks:
@@ -773,6 +784,22 @@ def has_accelerator() -> bool:
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return False
     return any(glob.glob(pattern) for pattern in ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg"))
+
+
+def preloader(env: Mapping[str, str], *, free: Collection[str] = ()) -> Preloader | None:
+    """What workers with this environment are forked from; `None` where there is an accelerator. `free`: see there."""
+    return None if has_accelerator() else Preloader(PRELOADED, env, free=free)
+
+
+def default_env(environ: Mapping[str, str], own: Mapping[str, str | None] | None = None) -> dict[str, str]:
+    """A worker's environment on this host, `own` being what a topology says of it."""
+    return _merged({} if has_accelerator() else CPU_ENV, environ, _UNBUFFERED, own or {})
+
+
+def _merged(*layers: Mapping[str, str | None]) -> dict[str, str]:
+    """Later ones win; `None` takes a name away."""
+    env = {name: value for layer in layers for name, value in layer.items()}
+    return {name: value for name, value in env.items() if value is not None}
 
 
 @contextlib.contextmanager

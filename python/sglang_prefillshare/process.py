@@ -1,9 +1,10 @@
 """One supervised process: started in a session of its own, its output read line by line, ended with all it started.
 
-Between us and a worker stands a small supervisor, `python -m sglang_prefillshare.process`. Its standard input is a
-pipe that only we hold open. When that closes, because we ask for an end or because we were killed, the supervisor ends
-the worker and everything that the worker started: SIGINT, twice, to the worker's main process, then SIGTERM and SIGKILL
-to its process group. As the subreaper of its descendants it also finds those that left the group.
+Between us and a worker stands a small supervisor: `python -m sglang_prefillshare.process`, or a fork of a process that
+has imported what the worker needs (`preload.py`). Its standard input is a pipe that only we hold open. When that
+closes, because we ask for an end or because we were killed, the supervisor ends the worker and everything that the
+worker started: SIGINT, twice, to the worker's main process, then SIGTERM and SIGKILL to its process group. As the
+subreaper of its descendants it also finds those that left the group.
 
 What a worker is, and when it is ready, is `deployment.py`'s to know.
 """
@@ -20,9 +21,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, NewType
+from typing import TYPE_CHECKING, BinaryIO, Final, NewType, Protocol, TextIO
 
 if TYPE_CHECKING:
     import psutil
@@ -33,6 +34,8 @@ ExitStatus = NewType("ExitStatus", int)
 TAIL_LINES: Final = 200
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
+_STDIN: Final = 0
+_WAKING: Final = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +61,47 @@ def describe_exit(status: ExitStatus) -> str:
     return f"killed by {name}" + (" (out of memory?)" if status == -signal.SIGKILL else "")
 
 
+class Preloader(Protocol):
+    """Starts some commands quicker than as a new process; `preload.py` has the one there is."""
+
+    def can_start(self, command: Sequence[str], env: Mapping[str, str]) -> bool: ...
+
+    def start(self, command: Sequence[str], env: Mapping[str, str], grace: StopGrace) -> Supervisor:
+        """Raises `OSError` where that cannot be."""
+
+
+@dataclass(slots=True)
+class Supervisor:
+    """A running supervisor as whoever started it knows it: closing `stop` asks it to end what it watches over."""
+
+    stop: BinaryIO
+    output: BinaryIO
+    report: TextIO
+    process: subprocess.Popen[bytes] | None = None
+    """Where it is our own child."""
+
+    @classmethod
+    @contextlib.contextmanager
+    def pipes(cls) -> Iterator[tuple[Supervisor, tuple[int, int, int]]]:
+        """Its three pipes: our ends, and the supervisor's (standard input, output, report), which are ours inside only.
+
+        An error inside closes ours too.
+        """
+        stdin, stop = os.pipe()
+        output, stdout = os.pipe()
+        report, reporting = os.pipe()
+        ours = cls(os.fdopen(stop, "wb", 0), os.fdopen(output, "rb"), os.fdopen(report, encoding="ascii"))
+        try:
+            yield ours, (stdin, stdout, reporting)
+        except BaseException:
+            for end in (ours.stop, ours.output, ours.report):
+                end.close()
+            raise
+        finally:
+            for fd in (stdin, stdout, reporting):
+                os.close(fd)
+
+
 class SupervisedProcess:
     """A running process and the supervisor that ends it. Ours from construction until `wait` returns True.
 
@@ -74,7 +118,9 @@ class SupervisedProcess:
         on_line: Callable[[str], None],
         on_exit: Callable[[ExitStatus], None],
         grace: StopGrace,
+        preloader: Preloader | None = None,
     ) -> None:
+        """With a `preloader`, `command` is forked from it if it can be, and started anew otherwise."""
         self.name = name
         self._on_line = on_line
         self._on_exit = on_exit
@@ -84,29 +130,12 @@ class SupervisedProcess:
         self._status: ExitStatus | None = None
         self._has_pid = threading.Event()
         self._has_ended = threading.Event()
-        report_read, report_write = os.pipe()
-        try:
-            self._supervisor = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", __name__),
-                    *(str(report_write), str(grace.interrupt_s), str(grace.terminate_s)),
-                    *command,
-                ],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                env=dict(env),
-                pass_fds=(report_write,),
-                start_new_session=True,
-            )
-        except BaseException:
-            os.close(report_read)
-            raise
-        finally:
-            os.close(report_write)
+        self._is_hurried = False
+        self._supervisor = _start(command, env, grace, preloader)
+        self._supervisor_pid = None if self._supervisor.process is None else self._supervisor.process.pid
         self._reader = threading.Thread(target=self._read_output, name=f"{name}-output", daemon=True)
         self._reader.start()
-        threading.Thread(target=self._watch, args=(report_read,), name=f"{name}-exit", daemon=True).start()
+        threading.Thread(target=self._watch, name=f"{name}-exit", daemon=True).start()
 
     @property
     def pid(self) -> int | None:
@@ -125,14 +154,18 @@ class SupervisedProcess:
 
     def stop(self) -> None:
         """Ask it to end. Returns at once; asking again changes nothing."""
-        assert self._supervisor.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._supervisor.stdin.close()
+        self._supervisor.stop.close()
 
     def kill(self) -> None:
         """Skip what is left of the grace."""
         self.stop()
-        self._supervisor.terminate()
+        self._is_hurried = True
+        self._hurry()
+
+    def _hurry(self) -> None:
+        if self._supervisor_pid is not None and not self._has_ended.is_set():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._supervisor_pid, signal.SIGTERM)
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it has ended, with everything it started, within `timeout_s`."""
@@ -140,11 +173,11 @@ class SupervisedProcess:
 
     def destroy(self) -> None:
         """The last resort, when the supervisor itself does not answer: SIGKILL to the whole session."""
-        _kill_session(self._supervisor.pid)
+        if self._supervisor_pid is not None:
+            _kill_session(self._supervisor_pid)
 
     def _read_output(self) -> None:
-        assert self._supervisor.stdout is not None
-        with self._supervisor.stdout as output:
+        with self._supervisor.output as output:
             for raw in output:
                 # A progress bar redraws its line with carriage returns; only its last state is worth a line.
                 line = raw.decode(errors="replace").rstrip().rpartition("\r")[2]
@@ -152,27 +185,54 @@ class SupervisedProcess:
                 with contextlib.suppress(OSError, ValueError):  # a full disk must not make the worker's pipe fill up
                     self._on_line(line)
 
-    def _watch(self, report_fd: int) -> None:
+    def _watch(self) -> None:
         status: ExitStatus | None = None
-        with open(report_fd, encoding="ascii") as report:
+        with self._supervisor.report as report:
             for line in report:
                 kind, _, number = line.partition(" ")
-                if kind == "pid":
+                if kind == "supervisor":
+                    self._supervisor_pid = int(number)
+                    if self._is_hurried:
+                        self._hurry()
+                elif kind == "pid":
                     self._pid = int(number)
                     self._has_pid.set()
                 else:
                     status = ExitStatus(int(number))
-        code = self._supervisor.wait()
+        code = -signal.SIGKILL if self._supervisor.process is None else self._supervisor.process.wait()
         if status is None:
             # The supervisor was killed from outside, and so nobody ended what it watched over.
             status = ExitStatus(code)
-            _kill_session(self._supervisor.pid)
-            _wait_session_gone(self._supervisor.pid, timeout_s=5.0)
+            if self._supervisor_pid is not None:
+                _kill_session(self._supervisor_pid)
+                _wait_session_gone(self._supervisor_pid, timeout_s=5.0)
         self._reader.join(timeout=2.0)
         self._status = status
         self._has_pid.set()
         self._has_ended.set()
         self._on_exit(status)
+
+
+def _start(command: Sequence[str], env: Mapping[str, str], grace: StopGrace, preloader: Preloader | None) -> Supervisor:
+    if preloader is not None and preloader.can_start(command, env):
+        with contextlib.suppress(OSError):  # it has died: then as without it
+            return preloader.start(command, env, grace)
+    return _start_anew(command, env, grace)
+
+
+def _start_anew(command: Sequence[str], env: Mapping[str, str], grace: StopGrace) -> Supervisor:
+    with Supervisor.pipes() as (supervisor, (stdin, stdout, report)):
+        words = (str(report), str(grace.interrupt_s), str(grace.terminate_s), *command)
+        supervisor.process = subprocess.Popen(
+            [sys.executable, "-m", __name__, *words],
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stdout,
+            env=dict(env),
+            pass_fds=(report,),
+            start_new_session=True,
+        )
+    return supervisor
 
 
 def _session(session: int) -> list[psutil.Process]:
@@ -205,75 +265,83 @@ def _wait_session_gone(session: int, *, timeout_s: float) -> None:
 # ---- the supervisor's side -----------------------------------------------------------------------------------------
 
 
-def supervise(command: Sequence[str], *, report_fd: int, grace: StopGrace) -> int:
-    """Run `command` until it ends or our standard input does. Nothing of it is left when this returns.
+class Supervision:
+    """What a supervisor does. Reports `supervisor PID`, `pid WORKER` and `exit STATUS` on `report_fd`.
 
-    Reports `pid N` and `exit STATUS` on `report_fd`. SIGTERM to us skips the grace.
+    Its standard input is the pipe whose end it waits for; SIGTERM to it skips the grace. Made before the worker is
+    started, with one thread in the process.
     """
-    os.set_inheritable(report_fd, False)
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    wake_read, wake_write = os.pipe()
-    os.set_blocking(wake_read, False)
-    os.set_blocking(wake_write, False)
-    signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: None)
 
-    try:
-        child = subprocess.Popen(
-            list(command),
-            stdin=subprocess.DEVNULL,
-            process_group=0,
-            preexec_fn=_die_with(os.getpid(), libc),  # safe: we have one thread
-        )
-    except OSError as error:
+    def __init__(self, report_fd: int) -> None:
+        self._report_fd = report_fd
+        self._pid = os.getpid()
+        os.set_inheritable(report_fd, False)
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(self._wake_write, False)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        for number in _WAKING:
+            signal.signal(number, lambda *_: None)
+        self._report(f"supervisor {self._pid}")
+
+    def cannot_start(self, command: Sequence[str], error: OSError) -> None:
         print(f"cannot start {command[0]}: {error.strerror}", file=sys.stderr)
-        os.write(report_fd, b"exit 127\n")
-        return 127
-    os.write(report_fd, f"pid {child.pid}\n".encode())
+        self._report("exit 127")
 
-    # What is still to be sent: how, which signal, and how long to wait after it. The main process is asked first and
-    # alone: SGLang's ends its own children, and takes one that ends by itself for a crash, which it examines for 5 s.
-    # HTTP servers answer what is in flight after the first SIGINT, and do not wait for it after the second.
-    ladder = [
-        (os.kill, signal.SIGINT, 0.75 * grace.interrupt_s),
-        (os.kill, signal.SIGINT, 0.25 * grace.interrupt_s),
-        (os.killpg, signal.SIGTERM, grace.terminate_s),
-        (os.killpg, signal.SIGKILL, 5.0),
-    ]
-    next_step_at: float | None = None
-    watched: list[int] = [sys.stdin.fileno(), wake_read]
-    while (status := _reap(child.pid)) is None:
-        timeout_s = None if next_step_at is None else max(0.0, next_step_at - time.monotonic())
-        readable, _, _ = select.select(watched, [], [], timeout_s)
-        if wake_read in readable and signal.SIGTERM in os.read(wake_read, 4096):
-            ladder = ladder[-1:]
-            next_step_at = time.monotonic()
-        if sys.stdin.fileno() in readable and not os.read(sys.stdin.fileno(), 4096):
-            watched.remove(sys.stdin.fileno())
-            next_step_at = time.monotonic() if next_step_at is None else next_step_at
-        if next_step_at is not None and time.monotonic() >= next_step_at:
-            send, number, wait_s = ladder[0]
-            ladder = ladder[1:] or ladder
-            with contextlib.suppress(ProcessLookupError):
-                send(child.pid, number)
-            next_step_at = time.monotonic() + wait_s
-    child.returncode = status  # reaped above; spares Popen a complaint
-    _kill_descendants(timeout_s=5.0)
-    os.write(report_fd, f"exit {status}\n".encode())
-    return 0
-
-
-def _die_with(parent: int, libc: ctypes.CDLL) -> Callable[[], None]:
-    """For the case that even the supervisor is killed: at least the worker's main process goes too."""
-
-    def prepare() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before the call above took effect
+    def die_with_us(self) -> None:
+        """In the worker: for the case that even the supervisor is killed, at least its main process goes too."""
+        self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != self._pid:  # it died before the call above took effect
             os._exit(1)
 
-    return prepare
+    def leave(self) -> None:
+        """In a worker that was forked and runs on in Python: be nothing of a supervisor."""
+        self.die_with_us()
+        os.setpgid(0, 0)
+        signal.set_wakeup_fd(-1)
+        for number in _WAKING:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        for fd in (self._report_fd, self._wake_read, self._wake_write):
+            os.close(fd)
+
+    def watch(self, worker: int, grace: StopGrace) -> None:
+        """Until the worker ends, or our standard input does. Nothing of it is left when this returns."""
+        self._report(f"pid {worker}")
+        # What is still to be sent: how, which signal, and how long to wait after it. The main process is asked first
+        # and alone: SGLang's ends its own children, and takes one that ends by itself for a crash, which it examines
+        # for 5 s. HTTP servers answer what is in flight after the first SIGINT, and wait for it no longer after the
+        # second.
+        ladder = [
+            (os.kill, signal.SIGINT, 0.75 * grace.interrupt_s),
+            (os.kill, signal.SIGINT, 0.25 * grace.interrupt_s),
+            (os.killpg, signal.SIGTERM, grace.terminate_s),
+            (os.killpg, signal.SIGKILL, 5.0),
+        ]
+        next_step_at: float | None = None
+        watched: list[int] = [_STDIN, self._wake_read]
+        while (status := _reap(worker)) is None:
+            timeout_s = None if next_step_at is None else max(0.0, next_step_at - time.monotonic())
+            readable, _, _ = select.select(watched, [], [], timeout_s)
+            if self._wake_read in readable and signal.SIGTERM in os.read(self._wake_read, 4096):
+                ladder = ladder[-1:]
+                next_step_at = time.monotonic()
+            if _STDIN in readable and not os.read(_STDIN, 4096):
+                watched.remove(_STDIN)
+                next_step_at = time.monotonic() if next_step_at is None else next_step_at
+            if next_step_at is not None and time.monotonic() >= next_step_at:
+                send, number, wait_s = ladder[0]
+                ladder = ladder[1:] or ladder
+                with contextlib.suppress(ProcessLookupError):
+                    send(worker, number)
+                next_step_at = time.monotonic() + wait_s
+        _kill_descendants(timeout_s=5.0)
+        self._report(f"exit {status}")
+
+    def _report(self, line: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # whoever wanted to know is gone
+            os.write(self._report_fd, f"{line}\n".encode())
 
 
 def _reap(worker: int) -> ExitStatus | None:
@@ -305,8 +373,20 @@ def _kill_descendants(*, timeout_s: float) -> None:
 
 def _main(argv: Sequence[str]) -> int:
     report_fd, interrupt_s, terminate_s, *command = argv
-    grace = StopGrace(interrupt_s=float(interrupt_s), terminate_s=float(terminate_s))
-    return supervise(command, report_fd=int(report_fd), grace=grace)
+    supervision = Supervision(int(report_fd))
+    try:
+        child = subprocess.Popen(
+            list(command),
+            stdin=subprocess.DEVNULL,
+            process_group=0,
+            preexec_fn=supervision.die_with_us,  # safe: we have one thread
+        )
+    except OSError as error:
+        supervision.cannot_start(command, error)
+        return 127
+    supervision.watch(child.pid, StopGrace(interrupt_s=float(interrupt_s), terminate_s=float(terminate_s)))
+    child.returncode = 0  # `watch` has reaped it; spares Popen a complaint
+    return 0
 
 
 if __name__ == "__main__":

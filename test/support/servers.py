@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import functools
 import os
 import random
 import sys
@@ -20,7 +22,15 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_prefillshare.config import DecodeModule, RouterSettings, Topology, WorkerSettings
-from sglang_prefillshare.deployment import Deployment, DeploymentOptions, PortBlocks, Worker
+from sglang_prefillshare.deployment import (
+    Deployment,
+    DeploymentOptions,
+    PortBlocks,
+    Worker,
+    default_env,
+    preloader,
+)
+from sglang_prefillshare.preload import Preloader
 from sglang_prefillshare.process import StopGrace, SupervisedProcess
 from test.support.device import WORKER_ARGS
 
@@ -57,8 +67,18 @@ def topology(
     )
 
 
+@functools.cache
+def shared_preloader() -> Preloader | None:
+    """One for all servers of a test run: they import SGLang once."""
+    made = preloader(default_env(os.environ), free=("PYTEST_CURRENT_TEST",))
+    if made is not None:
+        atexit.register(made.close)
+    return made
+
+
 def deploy(described: Topology, log_dir: Path | None = None) -> Deployment:
-    return Deployment(described, options=DeploymentOptions(ready_timeout_s=240.0, grace=GRACE, log_dir=log_dir))
+    options = DeploymentOptions(ready_timeout_s=240.0, grace=GRACE, log_dir=log_dir, preloader=shared_preloader())
+    return Deployment(described, options=options)
 
 
 @contextmanager
@@ -75,10 +95,11 @@ def launch_server(model: Path, args: Sequence[str] = (), env: Mapping[str, str] 
     process = SupervisedProcess(
         "server",
         command,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        env={**default_env(os.environ), **(env or {})},
         on_line=lambda _line: None,
         on_exit=lambda _status: ended.set(),
         grace=GRACE,
+        preloader=shared_preloader(),
     )
     url = f"http://127.0.0.1:{port}"
     try:

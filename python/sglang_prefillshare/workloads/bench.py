@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,9 @@ import aiohttp
 from msgspec.structs import replace
 from rich.console import Console
 
-from sglang_prefillshare.deployment import Deployment, Silent, has_accelerator
+from sglang_prefillshare.deployment import Deployment, Silent, default_env, has_accelerator, preloader
 from sglang_prefillshare.errors import ConfigError, WorkerError
+from sglang_prefillshare.preload import Preloader
 from sglang_prefillshare.workloads.budget import Budget, decide, told
 from sglang_prefillshare.workloads.config import Benchmark, TopologyName
 from sglang_prefillshare.workloads.display import Observer, describe, terminal
@@ -46,6 +48,7 @@ class Run:
     token_ids: tuple[int, int]
     results: Results
     observer: Observer
+    preloader: Preloader | None = None
 
 
 def run_benchmark(benchmark: Benchmark, *, console: Console | None = None, anyway: bool = False) -> Path:
@@ -69,8 +72,12 @@ def run_benchmark(benchmark: Benchmark, *, console: Console | None = None, anywa
         check_room(benchmark, points_of(benchmark, workload, repeat=0, token_ids=token_ids))
     results = Results(Path(benchmark.out), benchmark, dtype=dtype, budget=None if budget is None else budget.describe())
     try:
-        with terminal(console, points=benchmark.point_count) as observer, _mps(benchmark, observer) as settled:
-            run = Run(settled, models, token_ids, results, observer)
+        with (
+            terminal(console, points=benchmark.point_count) as observer,
+            _mps(benchmark, observer) as settled,
+            _preloaded(settled) as preloaded,
+        ):
+            run = Run(settled, models, token_ids, results, observer, preloaded)
             for topology, repeats in turns_of(benchmark.topologies, benchmark.repeats):
                 _run_topology(run, topology, repeats)
     finally:
@@ -90,6 +97,14 @@ def _mps(benchmark: Benchmark, observer: Observer) -> Iterator[Benchmark]:
     with cuda_mps() as (environ, told):
         observer.on_note(told)
         yield replace(benchmark, workers=replace(workers, env={**environ, **workers.env}))
+
+
+@contextmanager
+def _preloaded(benchmark: Benchmark) -> Iterator[Preloader | None]:
+    """What the workers of all topologies are forked from, on a host without an accelerator."""
+    made = preloader(default_env(os.environ, benchmark.workers.env))
+    with nullcontext() if made is None else made:
+        yield made
 
 
 def _told(budget: Budget) -> str:
@@ -120,7 +135,9 @@ def _run_topology(run: Run, topology: TopologyName, repeats: Sequence[int]) -> N
     """Start it, warm it up, ask it every point of these repeats, and end it."""
     run.observer.on_stage(f"{topology}: starting servers")
     log_dir = run.results.folder / "logs" / topology
-    deployment = make_deployment(run.benchmark, topology, run.models, log_dir=log_dir, observer=Silent())
+    deployment = make_deployment(
+        run.benchmark, topology, run.models, log_dir=log_dir, observer=Silent(), preloader=run.preloader
+    )
     started = time.monotonic()
     with running(deployment):
         ready_s = time.monotonic() - started

@@ -30,6 +30,7 @@ from sglang_prefillshare.deployment import (
     plan_router,
     plan_worker,
 )
+from sglang_prefillshare.preload import Preloader
 from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.workloads.config import Benchmark, TopologyName, Workers
 
@@ -77,9 +78,14 @@ def make_deployment(
     *,
     log_dir: Path | None = None,
     observer: Observer | None = None,
+    preloader: Preloader | None = None,
 ) -> Deployment:
     """The topology's processes, not started yet."""
-    options: dict[str, Any] = {"ready_timeout_s": benchmark.limits.ready_s, "log_dir": log_dir}
+    options: dict[str, Any] = {
+        "ready_timeout_s": benchmark.limits.ready_s,
+        "log_dir": log_dir,
+        "preloader": preloader,
+    }
     topology = topology_of(benchmark, name, models)
     if name == "shared":
         return Deployment(topology, options=DeploymentOptions(**options), observer=observer)
