@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,9 @@ def test_generated_shared_prefix(
         *("--gsp-send-routing-key", "--num-prompts", str(CONVERSATIONS), "--seed", "5"),
         *("--output-file", str(out), "--disable-tqdm"),
     ]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    # It asks the hub about a model without a name, for 47 s where no hub can be reached.
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=offline)
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
     result = json.loads(out.read_text().splitlines()[-1])
     assert result["completed"] == CONVERSATIONS * turns, ran.stdout[-3000:]
