@@ -54,6 +54,7 @@ class Router:
         self.started_at = int(time.time())
         self._dispatcher: Dispatcher | None = None
         self._session: aiohttp.ClientSession | None = None
+        self._is_ending = False
 
     @property
     def dispatcher(self) -> Dispatcher:
@@ -86,21 +87,23 @@ class Router:
                 session=self._session,
                 background=background,
             )
-            tasks = [pollers.create_task(self._poll_forever(worker)) for worker in self.pool]
+            tasks = [pollers.create_task(self._poll_until_the_end(worker)) for worker in self.pool]
             try:
                 yield
             finally:
+                self._is_ending = True
                 self._dispatcher.stop()
                 for task in tasks:
                     task.cancel()
 
-    async def _poll_forever(self, worker: Worker) -> None:
-        while True:
+    async def _poll_until_the_end(self, worker: Worker) -> None:
+        # A cancellation alone can get lost: in a poll that runs out of time at that moment.
+        while not self._is_ending:
             try:
-                await self.pool.poll_forever(worker, self.session)
+                await self.pool.poll(worker, self.session)
             except Exception:  # a bug of ours must not stop the polls, nor take the other pollers down
                 logger.exception("polling the %s failed", worker.label)
-                await asyncio.sleep(self.config.poll_interval_s)
+            await asyncio.sleep(self.config.poll_interval_s)
 
     # -- generation
 

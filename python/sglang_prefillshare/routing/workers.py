@@ -270,8 +270,8 @@ class Worker:
 class WorkerPool:
     """Every configured worker with its current verdict.
 
-    `poll_forever` keeps the verdicts fresh. When a worker goes down, the legs on it are failed, and what the
-    prefix index knew of it is forgotten.
+    Polls keep the verdicts fresh. When a worker goes down, the legs on it are failed, and what the prefix index knew of
+    it is forgotten.
     """
 
     def __init__(self, config: RouterConfig, *, index: PrefixIndex) -> None:
@@ -368,11 +368,6 @@ class WorkerPool:
         return lines
 
     # -- polling
-
-    async def poll_forever(self, worker: Worker, session: aiohttp.ClientSession) -> None:
-        while True:
-            await self.poll(worker, session)
-            await asyncio.sleep(self._config.poll_interval_s)
 
     async def poll(self, worker: Worker, session: aiohttp.ClientSession) -> None:
         """Ask one worker for its description and judge all anew."""

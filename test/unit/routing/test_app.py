@@ -1,6 +1,7 @@
 """The router's other endpoints, its checks of requests, and the life of its workers as a client sees it."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 
@@ -8,6 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_prefillshare.protocol import Role
+from sglang_prefillshare.routing.workers import WorkerPool
 from test.unit.routing.routing_harness import STREAM, WHOLE, run, running_system, until
 
 REFUSED = [
@@ -320,6 +322,24 @@ def test_a_worker_that_hangs_goes_down_and_its_legs_fail():
             await system.ready()
             assert (await system.chat()).status == 200
             system.assert_idle()
+
+    run(scenario())
+
+
+def test_the_router_ends_while_a_worker_hangs_even_if_a_cancelled_poll_goes_on(monkeypatch):
+    """A poll that ran out of time as it was cancelled was seen to swallow that, in one of some twenty ends."""
+
+    async def deaf(_pool, _worker, _session):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+
+    async def scenario():
+        async with running_system() as system:
+            monkeypatch.setattr(WorkerPool, "poll", deaf)
+            await asyncio.sleep(0.1)
+            system.server.should_exit = True
+            async with asyncio.timeout(5):
+                await system.server_task
 
     run(scenario())
 
