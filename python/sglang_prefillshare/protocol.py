@@ -31,10 +31,11 @@ the ones whose KV was first computed for another decode module."""
 
 
 class Role(StrEnum):
-    """Which half of the split a worker runs."""
+    """Which half of the split a worker runs, or both."""
 
     PREFILL = "prefill"
     DECODE = "decode"
+    UNIFIED = "unified"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,5 +92,5 @@ class WorkerInfo:
         try:
             values["role"] = Role(values["role"])
         except ValueError:
-            raise WorkerError(f"{source} has role {values['role']!r}, wanted prefill or decode.") from None
+            raise WorkerError(f"{source} has role {values['role']!r}, wanted prefill, decode or unified.") from None
         return cls(**values)

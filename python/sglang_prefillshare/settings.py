@@ -13,6 +13,9 @@ from sglang_prefillshare.protocol import Role
 
 ENV_NAME: Final = "SGLANG_PREFILL_SHARE_SETTINGS"
 BACKEND_NAME: Final = "prefillshare"
+NO_BACKEND: Final = "none"
+"""Of a unified server, which hands nothing over."""
+
 DEFAULT_LEASE_TIMEOUT_S: Final = 30.0
 
 
@@ -20,9 +23,9 @@ DEFAULT_LEASE_TIMEOUT_S: Final = 30.0
 class RoleSettings:
     """What every process of one worker knows about its role.
 
-    `identity` is the content identity of the base: on prefill of the model it serves, on decode of the model its
-    module was fine-tuned from. `trained` is False where `--prefill-share-allow-untrained` let a module through that
-    has no manifest.
+    `identity` is the content identity of the base: on prefill and unified of the model it serves, on decode of the
+    model its module was fine-tuned from. `trained` is False where `--prefill-share-allow-untrained` let a module
+    through that has no manifest.
     """
 
     role: Role

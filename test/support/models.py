@@ -10,6 +10,7 @@ these properties.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +34,8 @@ from test.support.device import DTYPE, HEAD_DIM
 Arch = Literal["llama", "qwen3"]
 
 VOCAB_SIZE = 512
+PRODUCTS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTER_STD = 0.15
 SPECIAL_TOKENS = ("<|bos|>", "<|im_start|>", "<|im_end|>", "<|pad|>")
 BOS, EOS, PAD = SPECIAL_TOKENS[0], SPECIAL_TOKENS[2], SPECIAL_TOKENS[3]
 
@@ -113,6 +116,25 @@ def make_decode_module(
     _save(model, PreTrainedTokenizerFast.from_pretrained(base_folder), Path(folder))
     if manifest:
         _write_manifest(folder, base_folder)
+    return Path(folder)
+
+
+def make_adapter(
+    folder: str | Path, base: str | Path, *, seed: int, rank: int = 4, targets: Sequence[str] = PRODUCTS
+) -> Path:
+    """Write a LoRA adapter of `base` with random weights, large enough to change answers, and its manifest."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM"),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=ADAPTER_STD)
+    model.save_pretrained(str(folder))
+    write_manifest(folder, Manifest.for_base("tiny", identify_base(base)))
     return Path(folder)
 
 

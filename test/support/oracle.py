@@ -34,9 +34,22 @@ class Generation:
 class Oracle:
     """A base and a decode module, loaded once, in float32; on a GPU in bfloat16 too, which is what is served there."""
 
-    def __init__(self, base_path: str | Path, module_path: str | Path, *, dtype: torch.dtype = DTYPE) -> None:
+    def __init__(
+        self,
+        base_path: str | Path,
+        module_path: str | Path,
+        *,
+        adapter: str | Path | None = None,
+        dtype: torch.dtype = DTYPE,
+    ) -> None:
+        """With an `adapter`, the module is that LoRA adapter on `module_path`."""
         self.base = load_model(base_path)
         self.module = load_model(module_path)
+        if adapter is not None:
+            from peft import PeftModel
+
+            assert dtype is torch.float32, "adapters are compared in float32 only"
+            self.module = PeftModel.from_pretrained(self.module, str(adapter)).merge_and_unload()
         self.is_exact = dtype is torch.float32
         self.served = (self.base, self.module)
         if not self.is_exact:

@@ -12,11 +12,14 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sglang_prefillshare.errors import ConfigError, PrefillShareError
 from sglang_prefillshare.protocol import Role
-from sglang_prefillshare.settings import BACKEND_NAME, DEFAULT_LEASE_TIMEOUT_S, RoleSettings, publish
+from sglang_prefillshare.settings import BACKEND_NAME, DEFAULT_LEASE_TIMEOUT_S, NO_BACKEND, RoleSettings, publish
+
+if TYPE_CHECKING:
+    from sglang_prefillshare.identity.fingerprint import BaseIdentity
 
 _EXPLICIT: Final = "_prefill_share_explicit"
 _ALLOC_CONFS: Final = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
@@ -35,7 +38,8 @@ def add_cli_args(original: Callable[..., None], parser: argparse.ArgumentParser)
         choices=[role.value for role in Role],
         default=None,
         help="Run this server as one half of PrefillShare: 'prefill' serves the frozen base and fills the shared KV "
-        "cache, 'decode' serves one fine-tuned decode module from it. Implies the disaggregation settings.",
+        "cache, 'decode' serves one fine-tuned decode module from it. 'unified' is both: the base with LoRA adapters "
+        "(--lora-paths NAME=FOLDER ...), each a decode module. Implies what each needs of SGLang.",
     )
     group.add_argument(
         "--prefill-share-base",
@@ -133,9 +137,18 @@ def configure(role: Role, args: argparse.Namespace) -> RoleSettings:
                 "Remove the flag."
             )
         setattr(args, name, value)
-    if "disaggregation_transfer_backend" not in explicit:
-        args.disaggregation_transfer_backend = default_backend(args.host)
-    _refuse_backend(args)
+    if role is Role.UNIFIED:
+        if "disaggregation_transfer_backend" in explicit:
+            raise ConfigError(
+                "--disaggregation-transfer-backend cannot be used with --prefill-share-role unified: one server hands "
+                "nothing over. Remove the flag."
+            )
+    else:
+        if "disaggregation_transfer_backend" not in explicit:
+            args.disaggregation_transfer_backend = default_backend(args.host)
+        _refuse_backend(args)
+    if args.load_format == "dummy":
+        raise ConfigError("--load-format dummy serves random weights under the base's identity. Remove the flag.")
     if not args.prefill_share_lease_timeout > 0:
         raise ConfigError(
             f"--prefill-share-lease-timeout is {args.prefill_share_lease_timeout:g}, wanted seconds above 0."
@@ -163,16 +176,30 @@ def _is_cpu_platform() -> bool:
 
 
 def _implied(role: Role, args: argparse.Namespace, *, on_cpu: bool) -> dict[str, Any]:
-    implied: dict[str, Any] = {"disaggregation_mode": role.value, "enable_metrics": True}
+    mode = "null" if role is Role.UNIFIED else role.value
+    implied: dict[str, Any] = {"disaggregation_mode": mode, "enable_metrics": True}
     if role is Role.DECODE and not args.disable_radix_cache:
         implied["disaggregation_decode_enable_radix_cache"] = True  # incremental handoff: base KV stays on decode
     if role is Role.DECODE and on_cpu:
         implied["disaggregation_decode_retraction_backup"] = "cpu_tensor"
-    if role is Role.DECODE:
+    if role is Role.UNIFIED:
+        implied["enable_lora"] = True
+    if role is Role.UNIFIED and on_cpu:
+        implied["lora_backend"] = "torch_native"
+    if role is not Role.PREFILL:
         implied["enable_cache_report"] = True  # usage.prompt_tokens_details.cached_tokens: what sharing saved
     return implied
 
 
+_OF_A_BASE: Final[dict[str, tuple[Any, str]]] = {
+    "disable_radix_cache": (False, "the radix tree is what the decode modules share"),
+    "quantization": (None, "it would compute another KV than the base has under its identity"),
+    "json_model_override_args": ("{}", "it would compute another KV than the base has under its identity"),
+}
+_WITHOUT_ADAPTERS: Final[dict[str, tuple[Any, str]]] = {
+    name: (None, "serve adapters with --prefill-share-role unified, or each merged into weights of its own")
+    for name in ("enable_lora", "lora_paths")
+}
 _CONTRADICTIONS: Final[dict[Role | None, dict[str, tuple[Any, str]]]] = {
     None: {
         "speculative_algorithm": (
@@ -186,8 +213,7 @@ _CONTRADICTIONS: Final[dict[Role | None, dict[str, tuple[Any, str]]]] = {
         "dp_size": (1, "start several workers behind the router instead of data parallelism inside one"),
         "attn_cp_size": (1, "context parallelism is not supported yet"),
         "dcp_size": (1, "decode context parallelism is not supported yet"),
-        "enable_lora": (None, "serve each adapter as a decode module of its own, merged into the weights"),
-        "lora_paths": (None, "serve each adapter as a decode module of its own, merged into the weights"),
+        "enable_lora_overlap_loading": (False, "the base's place among the adapters would not be kept"),
         "enable_hisparse": (False, "its KV pool is not a plain one"),
         "enable_session_radix_cache": (False, "a session would keep generated KV as prompt"),
         "encoder_only": (False, "text models only for now"),
@@ -198,12 +224,16 @@ _CONTRADICTIONS: Final[dict[Role | None, dict[str, tuple[Any, str]]]] = {
         "is_embedding": (False, "there is nothing to decode"),
     },
     Role.PREFILL: {
-        "disable_radix_cache": (False, "the radix tree is what the decode modules share"),
-        "quantization": (None, "it would compute another KV than the base has under its identity"),
-        "json_model_override_args": ("{}", "it would compute another KV than the base has under its identity"),
+        **_OF_A_BASE,
+        **_WITHOUT_ADAPTERS,
         "prefill_share_allow_untrained": (False, "prefill serves the base, which needs no training"),
     },
+    Role.UNIFIED: {
+        **_OF_A_BASE,
+        "prefill_share_lease_timeout": (DEFAULT_LEASE_TIMEOUT_S, "one server hands nothing over"),
+    },
     Role.DECODE: {
+        **_WITHOUT_ADAPTERS,
         "prefill_share_lease_timeout": (DEFAULT_LEASE_TIMEOUT_S, "prefill is who keeps pages for decode"),
         "disaggregation_decode_enable_offload_kvcache": (
             False,
@@ -236,8 +266,6 @@ def _refuse_backend(args: argparse.Namespace) -> None:
     backend = args.disaggregation_transfer_backend
     if backend == BACKEND_NAME and args.tp_size > 1:
         raise ConfigError(f"--tp-size {args.tp_size} cannot be used with the prefillshare backend yet. Choose nixl.")
-    if args.load_format == "dummy":
-        raise ConfigError("--load-format dummy serves random weights under the base's identity. Remove the flag.")
     if backend == "fake":
         raise ConfigError("--disaggregation-transfer-backend fake moves no KV. Choose prefillshare or nixl.")
     refuse_allocator(backend, os.environ)
@@ -278,14 +306,13 @@ def _is_loopback(host: str | None) -> bool:
 def _identify(role: Role, args: argparse.Namespace) -> RoleSettings:
     from sglang_prefillshare.identity.fingerprint import check_tokenizer, identify_base, read_config
     from sglang_prefillshare.identity.geometry import check_same_geometry
-    from sglang_prefillshare.identity.manifest import FILE_NAME, check_manifest, read_manifest
 
     base, module = args.prefill_share_base, args.model_path
-    if role is Role.PREFILL:
+    if role is not Role.DECODE:
         if base is not None and Path(base).resolve() != Path(module).resolve() and base != module:
             raise ConfigError(
-                f"--prefill-share-base is {base}, but this prefill worker serves {module}. Prefill serves the base "
-                "itself: leave --prefill-share-base out, or give the same model."
+                f"--prefill-share-base is {base}, but this {role} server serves {module}, and it serves the base "
+                "itself. Leave --prefill-share-base out, or give the same model."
             )
         identity = identify_base(
             module,
@@ -293,12 +320,13 @@ def _identify(role: Role, args: argparse.Namespace) -> RoleSettings:
             chat_template=args.chat_template,
             revision=args.revision,
         )
+        is_trained = role is Role.PREFILL or _check_adapters(args, identity)
         return RoleSettings(
             role,
             module,
             identity,
-            True,
-            args.disaggregation_transfer_backend,
+            is_trained,
+            NO_BACKEND if role is Role.UNIFIED else args.disaggregation_transfer_backend,
             lease_timeout_s=args.prefill_share_lease_timeout,
         )
     if base is None:
@@ -311,10 +339,18 @@ def _identify(role: Role, args: argparse.Namespace) -> RoleSettings:
     check_same_geometry(read_config(base), read_config(module))
     if args.tokenizer_path is None:
         check_tokenizer(module, identity, chat_template=args.chat_template, revision=args.revision)
+    is_trained = _check_training(module, base, identity, allow_untrained=args.prefill_share_allow_untrained)
+    return RoleSettings(role, base, identity, is_trained, args.disaggregation_transfer_backend)
+
+
+def _check_training(module: str, base: str, identity: BaseIdentity, *, allow_untrained: bool) -> bool:
+    """Whether the module's manifest says that it was trained on this base; raises where it says something else."""
+    from sglang_prefillshare.identity.manifest import FILE_NAME, check_manifest, read_manifest
+
     manifest = read_manifest(module)
     if manifest is not None:
         check_manifest(manifest, identity, module=module)
-    elif not args.prefill_share_allow_untrained:
+    elif not allow_untrained:
         raise ConfigError(
             f"{module} has no {FILE_NAME}: nothing says that it was fine-tuned to read the KV of {base}. "
             f"If it was, record it with `prefillshare identity write {module} --base {base}`; to serve it all the "
@@ -326,7 +362,44 @@ def _identify(role: Role, args: argparse.Namespace) -> RoleSettings:
             "prefill.",
             file=sys.stderr,
         )
-    return RoleSettings(role, base, identity, manifest is not None, args.disaggregation_transfer_backend)
+    return manifest is not None
+
+
+def _check_adapters(args: argparse.Namespace, identity: BaseIdentity) -> bool:
+    """Whether each adapter of a unified server was trained on its base; raises for one that cannot be served."""
+    from sglang_prefillshare.identity.adapter import read_adapter
+
+    given = [_adapter_of(path) for path in args.lora_paths or ()]
+    if not given:
+        raise ConfigError("--prefill-share-role unified needs --lora-paths NAME=FOLDER ...: its decode modules.")
+    names = [name for name, _ in given]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"--lora-paths names {name!r} more than once. Give each module a name of its own.")
+        if name == args.served_model_name:
+            raise ConfigError(
+                f"--served-model-name is {name!r}, which is a module's name. Choose another for the base."
+            )
+    room = args.max_loras_per_batch
+    if room < 2:
+        raise ConfigError(f"--max-loras-per-batch is {room}, wanted 2 or more: the base takes one place in each batch.")
+    trained = []
+    for name, folder in given:
+        adapter = read_adapter(name, folder, max_rank=args.max_lora_rank)
+        trained.append(
+            _check_training(
+                str(adapter.folder), args.model_path, identity, allow_untrained=args.prefill_share_allow_untrained
+            )
+        )
+    return all(trained)
+
+
+def _adapter_of(path: str | Mapping[str, Any]) -> tuple[str, str]:
+    """Name and folder, in the forms that SGLang takes."""
+    if isinstance(path, Mapping):
+        return str(path["lora_name"]), str(path["lora_path"])
+    name, equals, folder = path.partition("=")
+    return name, folder if equals else name
 
 
 def _flag(name: str) -> str:

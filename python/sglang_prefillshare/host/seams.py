@@ -277,6 +277,89 @@ DECODE_SCHEDULER: Final = (
 )  # fmt: skip
 """A decode worker's scheduler."""
 
+UNIFIED_HTTP: Final = (
+    Seam(
+        "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._resolve_lora_path",
+        "http.modules:resolve_lora_path", "around", ("self", "request_model", "explicit_lora_path"),
+        why="clients ask for a module by `model`", changes=_NOTHING,
+        retire_when="SGLang takes an adapter's name for a model's",
+    ),
+    Seam(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_and_resolve_lora",
+        "http.modules:validate_and_resolve_lora", "around", ("self", "obj"),
+        why="the base answers nobody; an unknown module is a clear error", changes=_NOTHING,
+        retire_when="never: SGLang serves its base model, too",
+    ),
+)  # fmt: skip
+"""The HTTP process of a unified server."""
+
+UNIFIED_SCHEDULER: Final = (
+    Seam(
+        f"{_SCHEDULER}.init_disaggregation", "roles.unified:init_disaggregation", "around", ("self",),
+        why="the role is known before requests come", changes="an attribute of ours on the scheduler",
+        retire_when="schedulers have a plugin hook before their queues",
+    ),
+    Seam(
+        f"{_SCHEDULER}.get_init_info", "http.routes:get_init_info", "after", ("self",),
+        why="the HTTP process must know the fingerprint and the pool's size", changes="its result: one key more",
+        retire_when="schedulers can publish plugin data",
+    ),
+    Seam(
+        f"{_SCHEDULER}._create_generation_req", "roles.unified:create_generation_req", "around",
+        ("self", "recv_req", "args", "kwargs"),
+        why="the base's namespace for every module", changes="the new request's extra_key and lora_id",
+        retire_when="never: an extension point of SGLang's",
+    ),
+    Seam(
+        "sglang.srt.mem_cache.common.match_kv_cache", "roles.unified:match_kv_cache", "around",
+        ("req", "tree_cache", "token_ids", "cow_mamba", "max_prefix_len"),
+        why="xn and what follows are the module's, whatever another prompt held", changes=_NOTHING,
+        retire_when="SGLang knows adapters that begin within a request",
+    ),
+    Seam(
+        "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint", "roles.unified:checkpoint", "around",
+        ("self", "req", "up_to", "kwargs"),
+        why="the tree takes what the base computed", changes=_NOTHING,
+        retire_when="SGLang knows adapters that begin within a request",
+    ),
+    Seam(
+        "sglang.srt.lora.lora_manager.LoRAManager.prepare_lora_batch", "roles.unified:prepare_lora_batch", "around",
+        ("self", "forward_batch"),
+        why="x1..x(n-1) go without the adapter, xn with it, in one pass", changes=_NOTHING,
+        retire_when="SGLang knows adapters that begin within a request",
+    ),
+    Seam(
+        "sglang.srt.lora.lora_manager.LoRAManager.fetch_new_loras", "roles.unified:fetch_new_loras", "around",
+        ("self", "new_loras", "running_loras"),
+        why="the base is in every batch", changes="which adapters are loaded",
+        retire_when="SGLang knows adapters that begin within a request",
+    ),
+    Seam(
+        "sglang.srt.lora.lora_manager.LoRAManager.validate_lora_batch", "roles.unified:validate_lora_batch", "around",
+        ("self", "lora_ids"),
+        why="the base's place counts", changes=_NOTHING,
+        retire_when="SGLang knows adapters that begin within a request",
+    ),
+    Seam(
+        "sglang.srt.layers.sampler.Sampler.forward", "roles.grammar:sample", "around",
+        ("self", "logits_output", "sampling_info", "return_logprob", "top_logprobs_nums", "token_ids_logprobs",
+         "positions", "logprob_logits"),
+        why="a grammar that allows no token ends its request, not the worker", changes="logits of such a row: all 0",
+        retire_when="SGLang ends requests whose grammar allows no token",
+    ),
+    Seam(
+        f"{_RESULTS}._accept_grammar_tokens", "roles.grammar:accept_tokens", "around", ("self", "req", "tokens"),
+        why="what such a request gets is a 400 with the reason", changes="the request's to_finish",
+        retire_when="the same",
+    ),
+    Seam(
+        f"{_RESULTS}._apply_prefill_grammar", "roles.grammar:apply_prefill", "around",
+        ("self", "req", "next_token_id", "already_advanced"),
+        why="the same for the first token", changes="the request's to_finish", retire_when="the same",
+    ),
+)  # fmt: skip
+"""The scheduler of a unified server."""
+
 CPU_LAUNCH: Final = (
     Seam(
         f"{_ARGS}.check_server_args", "cpu.launch:check_server_args", "before", ("self",),
@@ -287,6 +370,16 @@ CPU_LAUNCH: Final = (
 """The process that is started on a host without an accelerator, for stock servers and roles alike."""
 
 CPU_SCHEDULER: Final = (
+    Seam(
+        "sglang.srt.lora.lora_manager.LoRAManager.__init__", "cpu.lora:init_lora_manager", "before",
+        (
+            "self", "base_model", "base_hf_config", "max_loras_per_batch", "load_config", "dtype", "server_args",
+            "lora_backend", "max_lora_rank", "target_modules", "lora_paths",
+        ),
+        why="LoRA asks for pinned memory, of which there is none",
+        changes="torch.tensor, zeros, empty and Tensor.pin_memory, for good: they do not pin",
+        retire_when="SGLang's LoRA asks whether memory can be pinned",
+    ),
     Seam(
         f"{_SCHEDULER}.on_idle", "cpu.idle:on_idle", "around", ("self",),
         why="wait for work instead of spinning", changes="an attribute of ours on the scheduler",
@@ -346,6 +439,8 @@ BY_PROCESS: Final = {
     "a scheduler with a role": SCHEDULER,
     "a prefill worker's scheduler": PREFILL_SCHEDULER,
     "a decode worker's scheduler": DECODE_SCHEDULER,
+    "a unified server's HTTP process, too": UNIFIED_HTTP,
+    "a unified server's scheduler": UNIFIED_SCHEDULER,
     "the process that is started on a host without an accelerator": CPU_LAUNCH,
     "any scheduler on a host without an accelerator": CPU_SCHEDULER,
 }
@@ -370,11 +465,17 @@ def role_seams(settings: RoleSettings) -> tuple[Seam, ...]:
     from sglang_prefillshare.host.transfer.backend import offer_backend
 
     offer_backend()
-    own = PREFILL_SCHEDULER if settings.role is Role.PREFILL else DECODE_SCHEDULER
-    seams = (*HTTP, *SCHEDULER, *own)
+    seams = (*HTTP, *_OWN[settings.role])
     if _is_child_process():
         seams = tuple(seam for seam in seams if seam.module in sys.modules)
     return seams
+
+
+_OWN: Final = {
+    Role.PREFILL: (*SCHEDULER, *PREFILL_SCHEDULER),
+    Role.DECODE: (*SCHEDULER, *DECODE_SCHEDULER),
+    Role.UNIFIED: (*UNIFIED_HTTP, *UNIFIED_SCHEDULER),
+}
 
 
 def _is_child_process() -> bool:

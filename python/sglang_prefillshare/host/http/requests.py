@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from sglang_prefillshare.host.roles.role import FAKE_BOOTSTRAP_HOST, is_fake_transfer, needs_no_base_kv
 from sglang_prefillshare.identity.token_bytes import max_prompt_bytes
+from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.request_fields import (
     GENERATE,
     Limits,
@@ -18,6 +19,7 @@ from sglang_prefillshare.request_fields import (
     check_text,
     prompt_ids,
 )
+from sglang_prefillshare.settings import current_settings
 
 LONG_TEXT_CHARS: Final = 16_384
 """A text from this length on is tokenized in a thread: it takes ten milliseconds and more, and everybody would wait."""
@@ -73,8 +75,12 @@ def validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
     A prompt of one token needs nothing of the base: both sides see that for themselves, and wait for nobody.
     """
     limits = limits_of(self)
+    is_unified = _is_unified()
     # Health checks, which move no KV, too: whoever names their host could be anybody.
-    check_fields(GENERATE, {name: getattr(obj, name, None) for name in GENERATE}, limits)
+    fields = {name: getattr(obj, name, None) for name in GENERATE}
+    if is_unified:
+        fields["lora_id"] = None  # SGLang has put its own there by now
+    check_fields(GENERATE, fields, limits)
     check_sampling_params(obj.sampling_params, limits)
     if obj.input_embeds is not None:
         raise ValueError("input_embeds is not supported with PrefillShare: send text or input_ids.")
@@ -98,8 +104,17 @@ def validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
     for name, reason in _REFUSED_FIELDS.items():
         if getattr(obj, name, None):
             raise ValueError(f"{name} is not supported with PrefillShare: {reason}")
+    if is_unified:
+        return
+    if obj.lora_path:
+        raise ValueError("lora_path is not supported on this worker: each module is a decode worker of its own.")
     if needs_no_base_kv(input_ids) and not is_fake_transfer(obj):
         obj.bootstrap_host = FAKE_BOOTSTRAP_HOST
+
+
+def _is_unified() -> bool:
+    settings = current_settings()
+    return settings is not None and settings.role is Role.UNIFIED
 
 
 def limits_of(tokenizer_manager: Any) -> Limits:
@@ -127,7 +142,6 @@ _REFUSED_FIELDS: Final = {
     "return_prompt_token_ids_logprob": "prompt log-probabilities would be the base's.",
     "session_params": "a session would keep generated KV as prompt. Send the whole context; its prefix is cached.",
     "session_id": "a session would keep generated KV as prompt. Send the whole context; its prefix is cached.",
-    "lora_path": "serve each adapter as a decode module of its own (merge it into the weights).",
     "image_data": "text models only for now.",
     "video_data": "text models only for now.",
     "audio_data": "text models only for now.",

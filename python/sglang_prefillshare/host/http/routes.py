@@ -10,6 +10,7 @@ from http import HTTPStatus
 from typing import Any, Final
 
 import sglang_prefillshare
+from sglang_prefillshare.host.http.modules import ModuleMiddleware
 from sglang_prefillshare.host.http.requests import check_lists, limits_of
 from sglang_prefillshare.host.roles.prefill import REPORT_KEY
 from sglang_prefillshare.host.roles.role import SchedulerRole, role_of
@@ -32,7 +33,8 @@ _NEW_WEIGHTS: Final = "new weights would serve under the old identity. Restart t
 _CLOSED_PREFIXES: Final = {
     "/update_weights": _NEW_WEIGHTS,
     "/init_weights_update_group": _NEW_WEIGHTS,
-    "/load_lora_adapter": "serve each adapter as a decode module of its own.",
+    "/load_lora_adapter": "modules are given when the server starts (--lora-paths of a unified one).",
+    "/unload_lora_adapter": "modules are given when the server starts (--lora-paths of a unified one).",
     "/open_session": "send the whole context; its prefix is cached.",
     "/pause_generation": "retracted requests would be prefilled again by the base, generated tokens included.",
     "/begin_weight_update": _NEW_WEIGHTS,
@@ -81,6 +83,8 @@ def setup_http_server(
     http_server.app.add_middleware(
         LegMiddleware, handoff_failure=failure, is_warming_up=lambda: _is_warming_up(tokenizer_manager)
     )
+    if description["role"] == Role.UNIFIED:
+        http_server.app.add_middleware(ModuleMiddleware, manager=tokenizer_manager)
     return original(server_args, tokenizer_manager, *args, **kwargs)
 
 

@@ -44,6 +44,12 @@ def accept_tokens(original: Callable[..., Any], self: Any, req: Any, tokens: Any
     return retained
 
 
+def apply_prefill(original: Callable[..., None], self: Any, *, req: Any, **more: Any) -> None:
+    """The token after a prompt, where prompts are computed."""
+    original(self, req=req, **more)
+    blame_request(req)
+
+
 def blame_request(req: Any) -> None:
     """Turn SGLang's 500 for a token that the grammar rejects into a 400 that says what to change."""
     ended = req.to_finish

@@ -77,14 +77,23 @@ def role_of(scheduler: Any) -> SchedulerRole:
     return role
 
 
+def check_pool(pool: Any, *, state_types: Sequence[Any]) -> None:
+    """Raise `HandoffError` for a model whose KV is more than one K and one V per token and layer."""
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    if not isinstance(pool, MHATokenToKVPool) or state_types:
+        raise HandoffError(
+            f"this model keeps its KV in a {type(pool).__name__} with extra state {list(state_types)}; PrefillShare "
+            "shares multi-head and grouped-query attention caches (Llama, Qwen3, …). Serve it without a role."
+        )
+
+
 def check_handoff(scheduler: Any) -> None:
     """Stop a worker whose KV is more than one K and one V per token and layer: x1..x(n-1) would not be all of it.
 
     With our own backend a page is handed over once, with a process of our own. A worker that cannot do that stays up,
     to say so: `SchedulerRole.handoff_failure`.
     """
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-
     role = role_of(scheduler)
     queue = (
         scheduler.disagg_prefill_bootstrap_queue
@@ -92,12 +101,7 @@ def check_handoff(scheduler: Any) -> None:
         else scheduler.disagg_decode_prealloc_queue
     )
     pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-    state_types = list(queue.kv_manager.kv_args.state_types or ())
-    if not isinstance(pool, MHATokenToKVPool) or state_types:
-        raise HandoffError(
-            f"this model keeps its KV in a {type(pool).__name__} with extra state {state_types}; PrefillShare hands "
-            "over multi-head and grouped-query attention caches (Llama, Qwen3, …). Serve it without a role."
-        )
+    check_pool(pool, state_types=list(queue.kv_manager.kv_args.state_types or ()))
     if role.settings.transfer_backend != BACKEND_NAME:
         return  # it has registered the pool by now, or has ended the worker
     started = time.monotonic()

@@ -1,0 +1,213 @@
+"""One server with the base and three adapters answers as the oracle: base KV for x1..x(n-1), an adapter from xn on."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aiohttp
+import pytest
+
+from test.e2e.conftest import Models
+from test.support.models import make_adapter, sample_prompt
+from test.support.oracle import Oracle, clear_prompt
+from test.support.servers import Answer, greedy, launch_server, post, session
+
+NEW_TOKENS = 12
+LENGTHS = (1, 2, 3, 15, 16, 17, 33, 64, 65, 66, 100, 128, 129, 300)
+LAYOUTS = {"page16": 16, "page1": 1}
+
+
+class Unified(NamedTuple):
+    url: str
+    page_size: int
+    oracles: dict[str, Oracle]
+
+
+@pytest.fixture(scope="module")
+def adapters(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of other ranks, on other products."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        "planner": make_adapter(folder / "planner", models.base, seed=2),
+        "coder": make_adapter(folder / "coder", models.base, seed=3, rank=8, targets=("q_proj", "v_proj")),
+        "reviewer": make_adapter(
+            folder / "reviewer", models.base, seed=4, rank=2, targets=("o_proj", "gate_proj", "up_proj")
+        ),
+    }
+
+
+@pytest.fixture(scope="module")
+def oracles(models: Models, adapters: dict[str, Path]) -> dict[str, Oracle]:
+    return {name: Oracle(models.base, models.base, adapter=folder) for name, folder in adapters.items()}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def unified(
+    request: pytest.FixtureRequest, models: Models, adapters: dict[str, Path], oracles: dict[str, Oracle]
+) -> Iterator[Unified]:
+    """Chunks of 64 tokens, a pool of not much more than one long context, and now and then a retraction."""
+    page_size = LAYOUTS[request.param]
+    tokens = 1024
+    args = ["--prefill-share-role", "unified", "--page-size", page_size, "--chunked-prefill-size", 64]
+    args += ["--max-total-tokens", tokens, "--max-running-requests", 8]
+    args += ["--lora-paths", *(f"{name}={folder}" for name, folder in adapters.items())]
+    with launch_server(models.base, [str(word) for word in args], {"SGLANG_TEST_RETRACT": "1"}) as url:
+        yield Unified(url, page_size, oracles)
+
+
+async def ask(client: aiohttp.ClientSession, url: str, module: str, body: dict[str, Any]) -> Answer:
+    return await post(client, f"{url}/generate", {**body, "lora_path": module})
+
+
+def ask_all(unified: Unified, jobs: Sequence[tuple[str, dict[str, Any]]]) -> list[Answer]:
+    """Eight at a time."""
+
+    async def run() -> list[Answer]:
+        gate = asyncio.Semaphore(8)
+
+        async def one(client: aiohttp.ClientSession, module: str, body: dict[str, Any]) -> Answer:
+            async with gate:
+                return await ask(client, unified.url, module, body)
+
+        async with session() as client:
+            return await asyncio.gather(*(one(client, module, body) for module, body in jobs))
+
+    return asyncio.run(run())
+
+
+def check_all(unified: Unified, jobs: Sequence[tuple[str, list[int]]], new_tokens: int = NEW_TOKENS) -> list[Answer]:
+    answers = ask_all(unified, [(module, greedy(prompt, new_tokens)) for module, prompt in jobs])
+    for (module, prompt), answer in zip(jobs, answers, strict=True):
+        unified.oracles[module].check(prompt, answer.token_ids, new_tokens)
+    return answers
+
+
+def computed_by_base(answer: Answer, prompt: Sequence[int]) -> int:
+    return len(prompt) - 1 - int(answer.body["meta_info"]["cached_tokens"])
+
+
+def test_answers_equal_the_oracle_in_batches_of_three_modules(unified: Unified) -> None:
+    jobs = [
+        (name, clear_prompt(oracle, n, NEW_TOKENS, seed=n)) for n in LENGTHS for name, oracle in unified.oracles.items()
+    ]
+    check_all(unified, jobs)
+
+
+def test_modules_answer_one_prompt_differently_and_compute_it_once(unified: Unified) -> None:
+    prompt = sample_prompt(161, seed=11)
+    answers = [check_all(unified, [(name, prompt)])[0] for name in unified.oracles]
+    assert len({tuple(answer.token_ids) for answer in answers}) == 3
+    assert [computed_by_base(answer, prompt) for answer in answers] == [160, 0, 0]
+
+
+def test_what_a_module_generated_is_not_taken_for_the_bases_kv(unified: Unified) -> None:
+    """A prompt goes on just as an answer did: the base computes what the module had written."""
+    prompt = clear_prompt(unified.oracles["planner"], 81, 40, seed=21)
+    [answer] = check_all(unified, [("planner", prompt)], new_tokens=40)
+    longer = [*prompt, *answer.token_ids, *sample_prompt(5, seed=22)]
+    for module in ("coder", "planner"):
+        [later] = check_all(unified, [(module, longer)])
+        if module == "coder":
+            assert computed_by_base(later, longer) == len(longer) - 1 - 80
+        else:
+            assert computed_by_base(later, longer) == (len(longer) - 1) % unified.page_size
+
+
+def test_a_session_computes_its_context_once(unified: Unified) -> None:
+    """Three modules in four turns each: what the base computes is the last context, and what pages leave over."""
+    context, computed = sample_prompt(40, seed=31), 0
+    for turn in range(4):
+        for module in unified.oracles:
+            [answer] = check_all(unified, [(module, context)])
+            computed += computed_by_base(answer, context)
+            last = len(context)
+            context = [*context, *answer.token_ids, *sample_prompt(6, seed=32 + turn)]
+    assert computed >= last - 1
+    if unified.page_size == 1:
+        assert computed <= 1.02 * last
+    else:
+        assert computed <= last + 12 * unified.page_size
+
+
+def test_under_pressure_prompts_are_evicted_and_requests_retracted_and_answers_stay_right(unified: Unified) -> None:
+    jobs = [
+        (name, clear_prompt(oracle, 60 + n, 40, seed=n)) for n in range(4) for name, oracle in unified.oracles.items()
+    ]
+    answers = check_all(unified, jobs, new_tokens=40)
+    assert any(answer.body["meta_info"].get("num_retractions") for answer in answers), "nothing was retracted"
+
+
+def test_sampling_is_sglangs_from_the_first_token_on(unified: Unified) -> None:
+    """A stop token, an end that is forbidden at first, a grammar, and log-probabilities."""
+    oracle = unified.oracles["coder"]
+    prompt = clear_prompt(oracle, 50, NEW_TOKENS, seed=41)
+    wanted = oracle.generate(prompt, NEW_TOKENS).token_ids
+    stops = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "stop_token_ids": [wanted[3]]}
+    bodies = [
+        {"input_ids": prompt, "sampling_params": stops},
+        {"input_ids": prompt, "sampling_params": {**stops, "stop_token_ids": [wanted[0]], "min_new_tokens": 2}},
+        {"input_ids": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": 8, "regex": "[0-9]{4}"}},
+        {**greedy(prompt, NEW_TOKENS), "return_logprob": True},
+    ]
+    stopped, late, digits, logged = ask_all(unified, [("coder", body) for body in bodies])
+    assert stopped.token_ids == wanted[: wanted.index(wanted[3]) + 1]
+    assert len(late.token_ids) >= 2 and late.token_ids[0] != wanted[0]
+    assert digits.body["text"].isdigit() and len(digits.body["text"]) == 4
+    assert [token for _, token, _ in logged.body["meta_info"]["output_token_logprobs"]] == wanted
+
+
+def test_modules_are_named_and_the_base_answers_nobody(unified: Unified) -> None:
+    async def run() -> dict[str, Answer]:
+        chat = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4, "temperature": 0}
+        async with session() as client:
+
+            async def posted(path: str, **body: Any) -> Answer:
+                return await post(client, unified.url + path, body)
+
+            async with client.get(f"{unified.url}/v1/models") as response:
+                models = Answer(response.status, response.headers, await response.json())
+            return {
+                "models": models,
+                "chat": await posted("/v1/chat/completions", model="planner", **chat),
+                "other chat": await posted("/v1/chat/completions", model="coder", **chat),
+                "by path": await posted("/m/planner/v1/chat/completions", model="planner", **chat),
+                "unknown": await posted("/v1/chat/completions", model="nobody", **chat),
+                "streamed unknown": await posted("/v1/chat/completions", model="nobody", stream=True, **chat),
+                "unknown path": await posted("/m/nobody/generate", text="a"),
+                "base": await posted("/generate", text="a"),
+                "unknown adapter": await posted("/generate", text="a", lora_path="nobody"),
+            }
+
+    found = asyncio.run(run())
+    assert [card["id"] for card in found["models"].body["data"]] == ["coder", "planner", "reviewer"]
+    assert found["chat"].status == found["by path"].status == 200, (found["chat"], found["by path"])
+    answers = [found[name].body["choices"][0]["message"]["content"] for name in ("chat", "other chat", "by path")]
+    assert answers[0] == answers[2] != answers[1]
+    for name in ("unknown", "streamed unknown", "unknown path"):
+        assert found[name].status == 404 and "coder, planner, reviewer" in json.dumps(found[name].body), name
+    for name in ("base", "unknown adapter"):
+        assert found[name].status == 400 and "coder, planner, reviewer" in json.dumps(found[name].body), name
+
+
+def test_clients_that_leave_take_nothing_along(unified: Unified) -> None:
+    async def run() -> dict[str, Any]:
+        async with session() as client:
+            for module, length in (("planner", 400), ("coder", 30)):  # in the prompt, and in the answer
+                body = {**greedy(sample_prompt(length, seed=51), 300), "lora_path": module}
+                with pytest.raises(asyncio.TimeoutError):
+                    async with asyncio.timeout(0.1):
+                        await post(client, f"{unified.url}/generate", body)
+            for _ in range(100):
+                async with client.get(f"{unified.url}/v1/loads") as response:
+                    load = (await response.json())["loads"][0]
+                if (load["num_used_tokens"], load["num_running_reqs"], load["num_waiting_reqs"]) == (0, 0, 0):
+                    break
+                await asyncio.sleep(0.1)
+            return dict(load)
+
+    load = asyncio.run(run())
+    assert (load["num_used_tokens"], load["num_running_reqs"], load["num_waiting_reqs"]) == (0, 0, 0)
