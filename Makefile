@@ -15,8 +15,8 @@ setup: ## Create .venv for this machine (CPU or CUDA; PREFILLSHARE_STACK chooses
 demo: setup ## Watch planner, coder and reviewer answer over one context that their base prefilled once
 	@$(PYTHON) examples/demo/run.py
 
-test: setup ## Run the tests, on real SGLang servers with tiny models (about half an hour on two cores)
-	@$(PYTHON) -m pytest -q -m "not slow and not gpu" test
+test: setup ## Run the tests, on real SGLang servers with tiny models (under 20 minutes on two cores)
+	@$(PYTHON) -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu" test
 
 test-slow: setup ## Run every test, the full oracle set too (about 30 minutes)
 	@$(PYTHON) -m pytest -q test
