@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from test.support.models import make_base, make_decode_module
+from test.support.models import make_adapter, make_base, make_decode_module
 
 _PARSE = """
 import json, sys
@@ -64,6 +64,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_base(folder / "wide", head_dim=64)
     make_decode_module(folder / "coder", folder / "base", seed=2)
     make_decode_module(folder / "silent", folder / "base", seed=3, manifest=False)
+    make_adapter(folder / "adapter", folder / "base", seed=4)
+    (make_adapter(folder / "untold", folder / "base", seed=5) / "prefillshare.json").unlink()
     return folder
 
 
@@ -71,7 +73,7 @@ REFUSED = {
     "prefill as decode": ("prefill base --disaggregation-mode decode", "contradicts --prefill-share-role prefill"),
     "base without role": ("- base --prefill-share-base base", "need --prefill-share-role"),
     "decode without base": ("decode coder", "needs --prefill-share-base MODEL"),
-    "prefill of another base": ("prefill base --prefill-share-base other", "Prefill serves the base itself"),
+    "prefill of another base": ("prefill base --prefill-share-base other", "it serves the base itself"),
     "no manifest": ("decode silent --prefill-share-base base", "has no prefillshare.json"),
     "another base": ("decode coder --prefill-share-base other", "weights"),
     "another shape": ("decode coder --prefill-share-base wide", "head_dim"),
@@ -91,6 +93,23 @@ REFUSED = {
         "decode coder --prefill-share-base base --prefill-share-lease-timeout 9", "who keeps pages",
     ),
     "lease timeout without role": ("- base --prefill-share-lease-timeout 9", "need --prefill-share-role"),
+    "adapters on a decode worker": (
+        "decode coder --prefill-share-base base --lora-paths a=adapter", "--prefill-share-role unified",
+    ),
+    "unified without modules": ("unified base", "needs --lora-paths"),
+    "a name twice": ("unified base --lora-paths a=adapter a=adapter", "names 'a' more than once"),
+    "the base's name": ("unified base --served-model-name a --lora-paths a=adapter", "which is a module's name"),
+    "no place for the base": ("unified base --max-loras-per-batch 1 --lora-paths a=adapter", "wanted 2 or more"),
+    "no adapter": ("unified base --lora-paths a=coder", "no adapter_config.json"),
+    "an adapter of no known base": ("unified base --lora-paths a=untold", "has no prefillshare.json"),
+    "an adapter of another base": ("unified other --lora-paths a=adapter", "weights"),
+    "a rank too high": ("unified base --max-lora-rank 2 --lora-paths a=adapter", "r is 4, and --max-lora-rank is 2"),
+    "unified with a backend": (
+        "unified base --disaggregation-transfer-backend nixl --lora-paths a=adapter", "hands nothing over",
+    ),
+    "unified and disaggregated": (
+        "unified base --disaggregation-mode decode --lora-paths a=adapter", "contradicts --prefill-share-role unified",
+    ),
     "fake transfers": ("prefill base --disaggregation-transfer-backend fake", "moves no KV"),
 }  # fmt: skip
 
@@ -98,7 +117,12 @@ REFUSED = {
 def command_line(folder: Path, words: str) -> list[str]:
     role, model, *rest = words.split()
     names = {path.name for path in folder.iterdir()}
-    argv = ["--model-path", str(folder / model), *(str(folder / word) if word in names else word for word in rest)]
+
+    def placed(word: str) -> str:
+        before, equals, last = word.rpartition("=")
+        return f"{before}{equals}{folder / last}" if last in names else word
+
+    argv = ["--model-path", str(folder / model), *map(placed, rest)]
     return argv if role == "-" else ["--prefill-share-role", role, *argv]
 
 
@@ -129,6 +153,7 @@ def test_a_role_fills_in_what_it_needs(folder: Path) -> None:
     ours = parser.parse(
         *command_line(folder, "prefill base --host 0.0.0.0 --disaggregation-transfer-backend prefillshare")
     )
+    unified = parser.parse(*command_line(folder, "unified base --lora-paths a=adapter"))
     uncached = parser.parse(*command_line(folder, "decode coder --prefill-share-base base --disable-radix-cache"))
     errors = parser.close()
     assert '"disaggregation_decode_enable_radix_cache": true, "enable_metrics": true' in decode
@@ -138,6 +163,7 @@ def test_a_role_fills_in_what_it_needs(folder: Path) -> None:
     assert '"disaggregation_mode": "prefill", "disaggregation_transfer_backend": "prefillshare"' in prefill, errors
     assert '"disaggregation_mode": "decode"' in decode and '"cpu_tensor"' in decode
     assert from_file == decode
+    assert '"disaggregation_mode": "null"' in unified and '"enable_metrics": true' in unified
     assert '"disaggregation_transfer_backend": "nixl"' in nixl
     assert "is served untrained" in errors
 

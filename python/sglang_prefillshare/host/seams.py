@@ -371,16 +371,6 @@ CPU_LAUNCH: Final = (
 
 CPU_SCHEDULER: Final = (
     Seam(
-        "sglang.srt.lora.lora_manager.LoRAManager.__init__", "cpu.lora:init_lora_manager", "before",
-        (
-            "self", "base_model", "base_hf_config", "max_loras_per_batch", "load_config", "dtype", "server_args",
-            "lora_backend", "max_lora_rank", "target_modules", "lora_paths",
-        ),
-        why="LoRA asks for pinned memory, of which there is none",
-        changes="torch.tensor, zeros, empty and Tensor.pin_memory, for good: they do not pin",
-        retire_when="SGLang's LoRA asks whether memory can be pinned",
-    ),
-    Seam(
         f"{_SCHEDULER}.on_idle", "cpu.idle:on_idle", "around", ("self",),
         why="wait for work instead of spinning", changes="an attribute of ours on the scheduler",
         retire_when="--sleep-on-idle also wakes for KV transfers",
@@ -429,6 +419,16 @@ CPU_SCHEDULER: Final = (
         why="NIXL would register the pool as GPU memory, and spin",
         changes="kv_data_mem_kinds; NIXL's agent configuration, for good",
         retire_when="SGLang asks the pool where its memory is",
+    ),
+    Seam(
+        "sglang.srt.lora.lora_manager.LoRAManager.__init__", "cpu.lora:init_lora_manager", "before",
+        (
+            "self", "base_model", "base_hf_config", "max_loras_per_batch", "load_config", "dtype", "server_args",
+            "lora_backend", "max_lora_rank", "target_modules", "lora_paths",
+        ),
+        why="LoRA asks for pinned memory, of which there is none",
+        changes="torch.tensor, zeros, empty and Tensor.pin_memory, for good: they do not pin",
+        retire_when="SGLang's LoRA asks whether memory can be pinned",
     ),
 )  # fmt: skip
 """Any scheduler on a host without an accelerator, stock or with a role."""
