@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -191,6 +192,50 @@ def test_modules_are_named_and_the_base_answers_nobody(unified: Unified) -> None
         assert found[name].status == 404 and "coder, planner, reviewer" in json.dumps(found[name].body), name
     for name in ("base", "unknown adapter"):
         assert found[name].status == 400 and "coder, planner, reviewer" in json.dumps(found[name].body), name
+
+
+def test_modules_come_and_go_while_others_are_served(unified: Unified, models: Models, tmp_path: Path) -> None:
+    """One of this base, one of another base, one whose weights fit nothing. What runs ends as it began."""
+    tester = make_adapter(tmp_path / "tester", models.base, seed=61, rank=8)
+    strange = make_adapter(tmp_path / "strange", models.planner, seed=62)
+    broken = make_adapter(tmp_path / "broken", models.base, seed=63, rank=4)
+    shutil.copy(tester / "adapter_model.safetensors", broken)
+    prompt = clear_prompt(Oracle(models.base, models.base, adapter=tester), 120, NEW_TOKENS, seed=64)
+
+    async def run() -> dict[str, Answer]:
+        async with session() as client:
+
+            async def load(name: str, folder: Path) -> Answer:
+                return await post(
+                    client, f"{unified.url}/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}
+                )
+
+            async def unload(name: str) -> Answer:
+                return await post(client, f"{unified.url}/unload_lora_adapter", {"lora_name": name})
+
+            found = {"before": await ask(client, unified.url, "coder", greedy(prompt, NEW_TOKENS))}
+            found |= {"strange": await load("strange", strange), "broken": await load("broken", broken)}
+            found |= {"loaded": await load("tester", tester), "twice": await load("coder", tester)}
+            under_way = asyncio.create_task(ask(client, unified.url, "tester", greedy(prompt, 40)))
+            found["answer"] = await ask(client, unified.url, "tester", greedy(prompt, NEW_TOKENS))
+            found |= {"unloaded": await unload("tester"), "under way": await under_way}
+            found["gone"] = await ask(client, unified.url, "tester", greedy(prompt, NEW_TOKENS))
+            found["unknown"] = await unload("nobody")
+            found["after"] = await ask(client, unified.url, "coder", greedy(prompt, NEW_TOKENS))
+            return found
+
+    found = asyncio.run(run())
+    assert found["strange"].status == 400 and "the base's weights changed" in found["strange"].body["error_message"]
+    assert found["broken"].status == 400 and "cannot be served" in found["broken"].body["error_message"]
+    assert found["twice"].status == 400 and "already loaded" in found["twice"].body["error_message"]
+    assert found["loaded"].status == found["unloaded"].status == 200
+    Oracle(models.base, models.base, adapter=tester).check(prompt, found["answer"].token_ids, NEW_TOKENS)
+    assert found["under way"].token_ids[:NEW_TOKENS] == found["answer"].token_ids
+    assert len(found["under way"].token_ids) == 40
+    assert found["gone"].status == 400 and "no module 'tester'" in json.dumps(found["gone"].body)
+    assert found["unknown"].status == 400 and "no module 'nobody'" in found["unknown"].body["error_message"]
+    assert found["after"].token_ids == found["before"].token_ids
+    assert computed_by_base(found["answer"], prompt) == (len(prompt) - 1) % unified.page_size
 
 
 def test_clients_that_leave_take_nothing_along(unified: Unified) -> None:

@@ -306,6 +306,7 @@ def _is_loopback(host: str | None) -> bool:
 def _identify(role: Role, args: argparse.Namespace) -> RoleSettings:
     from sglang_prefillshare.identity.fingerprint import check_tokenizer, identify_base, read_config
     from sglang_prefillshare.identity.geometry import check_same_geometry
+    from sglang_prefillshare.identity.manifest import check_training
 
     base, module = args.prefill_share_base, args.model_path
     if role is not Role.DECODE:
@@ -339,35 +340,14 @@ def _identify(role: Role, args: argparse.Namespace) -> RoleSettings:
     check_same_geometry(read_config(base), read_config(module))
     if args.tokenizer_path is None:
         check_tokenizer(module, identity, chat_template=args.chat_template, revision=args.revision)
-    is_trained = _check_training(module, base, identity, allow_untrained=args.prefill_share_allow_untrained)
+    is_trained = check_training(module, base, identity, allow_untrained=args.prefill_share_allow_untrained)
     return RoleSettings(role, base, identity, is_trained, args.disaggregation_transfer_backend)
-
-
-def _check_training(module: str, base: str, identity: BaseIdentity, *, allow_untrained: bool) -> bool:
-    """Whether the module's manifest says that it was trained on this base; raises where it says something else."""
-    from sglang_prefillshare.identity.manifest import FILE_NAME, check_manifest, read_manifest
-
-    manifest = read_manifest(module)
-    if manifest is not None:
-        check_manifest(manifest, identity, module=module)
-    elif not allow_untrained:
-        raise ConfigError(
-            f"{module} has no {FILE_NAME}: nothing says that it was fine-tuned to read the KV of {base}. "
-            f"If it was, record it with `prefillshare identity write {module} --base {base}`; to serve it all the "
-            "same, add --prefill-share-allow-untrained."
-        )
-    else:
-        print(
-            f"warning: {module} has no {FILE_NAME}; it is served untrained, its answers may be worse than with its own "
-            "prefill.",
-            file=sys.stderr,
-        )
-    return manifest is not None
 
 
 def _check_adapters(args: argparse.Namespace, identity: BaseIdentity) -> bool:
     """Whether each adapter of a unified server was trained on its base; raises for one that cannot be served."""
     from sglang_prefillshare.identity.adapter import read_adapter
+    from sglang_prefillshare.identity.manifest import check_training
 
     given = [_adapter_of(path) for path in args.lora_paths or ()]
     if not given:
@@ -387,7 +367,7 @@ def _check_adapters(args: argparse.Namespace, identity: BaseIdentity) -> bool:
     for name, folder in given:
         adapter = read_adapter(name, folder, max_rank=args.max_lora_rank)
         trained.append(
-            _check_training(
+            check_training(
                 str(adapter.folder), args.model_path, identity, allow_untrained=args.prefill_share_allow_untrained
             )
         )

@@ -290,6 +290,18 @@ UNIFIED_HTTP: Final = (
         why="the base answers nobody; an unknown module is a clear error", changes=_NOTHING,
         retire_when="never: SGLang serves its base model, too",
     ),
+    Seam(
+        "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.load_lora_adapter",
+        "http.modules:load_lora_adapter", "around", ("self", "obj", "_"),
+        why="a module of another base is refused, whenever it comes", changes=_NOTHING,
+        retire_when="SGLang asks plugins about adapters",
+    ),
+    Seam(
+        "sglang.srt.managers.tokenizer_control_mixin.TokenizerControlMixin.unload_lora_adapter",
+        "http.modules:unload_lora_adapter", "around", ("self", "obj", "_"),
+        why="what was unloaded stays so", changes="lora_ref_cache: without the module",
+        retire_when="SGLang does not load it again for the next request",
+    ),
 )  # fmt: skip
 """The HTTP process of a unified server."""
 
@@ -333,6 +345,12 @@ UNIFIED_SCHEDULER: Final = (
         ("self", "new_loras", "running_loras"),
         why="the base is in every batch", changes="which adapters are loaded",
         retire_when="SGLang knows adapters that begin within a request",
+    ),
+    Seam(
+        "sglang.srt.lora.lora_manager.LoRAManager.load_lora_adapter", "roles.unified:load_lora_adapter", "around",
+        ("self", "lora_ref"),
+        why="an adapter that fits no batch is refused when it comes, not at a request", changes="such a one: unloaded",
+        retire_when="SGLang looks at an adapter's weights when it loads it",
     ),
     Seam(
         "sglang.srt.lora.lora_manager.LoRAManager.validate_lora_batch", "roles.unified:validate_lora_batch", "around",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +16,15 @@ from sglang_prefillshare.identity.fingerprint import BaseIdentity
 from sglang_prefillshare.identity.geometry import check_same_geometry
 from sglang_prefillshare.protocol import BOUNDARY_RULE
 
-__all__ = ["FILE_NAME", "Manifest", "check_manifest", "check_same_geometry", "read_manifest", "write_manifest"]
+__all__ = [
+    "FILE_NAME",
+    "Manifest",
+    "check_manifest",
+    "check_same_geometry",
+    "check_training",
+    "read_manifest",
+    "write_manifest",
+]
 
 FILE_NAME: Final = "prefillshare.json"
 FORMAT: Final = 1
@@ -98,6 +107,30 @@ def check_manifest(manifest: Manifest, identity: BaseIdentity, *, module: str = 
             f"{identity.model_fingerprint}: {', '.join(_PART_MEANING[name] for name in differing)}. "
             "Serve the base it was trained on, or train the module on this one."
         )
+
+
+def check_training(module: str, base: str, identity: BaseIdentity, *, allow_untrained: bool) -> bool:
+    """Whether the module's manifest says that it was trained on this base.
+
+    Raises `IdentityError` where it says something else; `ConfigError` without one, unless `allow_untrained`: then a
+    warning is printed.
+    """
+    manifest = read_manifest(module)
+    if manifest is not None:
+        check_manifest(manifest, identity, module=module)
+    elif not allow_untrained:
+        raise ConfigError(
+            f"{module} has no {FILE_NAME}: nothing says that it was fine-tuned to read the KV of {base}. "
+            f"If it was, record it with `prefillshare identity write {module} --base {base}`; to serve it all the "
+            "same, start the server with --prefill-share-allow-untrained."
+        )
+    else:
+        print(
+            f"warning: {module} has no {FILE_NAME}; it is served untrained, its answers may be worse than with its own "
+            "prefill.",
+            file=sys.stderr,
+        )
+    return manifest is not None
 
 
 _REWRITE: Final = "It was edited or damaged: train the module again, or copy the manifest it was trained with."

@@ -8,7 +8,10 @@ from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any, Final
 
-from sglang_prefillshare.errors import ConfigError
+from sglang_prefillshare.errors import ConfigError, PrefillShareError
+from sglang_prefillshare.identity.adapter import read_adapter
+from sglang_prefillshare.identity.manifest import check_training
+from sglang_prefillshare.settings import current_settings
 
 PATH_PREFIX: Final = "/m/"
 """For clients that expect a server per model, as SGLang's frontend does: `/m/<module>/generate`."""
@@ -48,6 +51,40 @@ async def validate_and_resolve_lora(original: Callable[..., Awaitable[None]], se
                 obj.lora_path = None  # or SGLang would give back what it has not taken
                 raise ValueError(str(error)) from None
     await original(self, obj)
+
+
+async def load_lora_adapter(original: Callable[..., Awaitable[Any]], self: Any, obj: Any, *args: Any) -> Any:
+    """Hook on SGLang's loading while it serves: an adapter is looked at as one that is given at start-up is."""
+    settings = current_settings()
+    assert settings is not None
+    try:
+        if obj.lora_name == self.served_model_name:
+            raise ConfigError(f"{obj.lora_name!r} is the base's name. Give the module another one.")
+        folder = str(read_adapter(obj.lora_name, obj.lora_path).folder)
+        check_training(folder, settings.base, settings.identity, allow_untrained=False)
+    except PrefillShareError as error:
+        from sglang.srt.managers.io_struct import LoadLoRAAdapterReqOutput
+
+        return LoadLoRAAdapterReqOutput(success=False, error_message=str(error))
+    return await original(self, obj, *args)
+
+
+async def unload_lora_adapter(original: Callable[..., Awaitable[Any]], self: Any, obj: Any, *args: Any) -> Any:
+    """Hook on its counterpart: from now on nobody can ask for the module, and requests under way end as they would.
+
+    SGLang would load it again for the next request.
+    """
+    from sglang.srt.managers.io_struct import UnloadLoRAAdapterReqOutput
+
+    try:
+        check_module(self, obj.lora_name)
+    except ConfigError as error:
+        return UnloadLoRAAdapterReqOutput(success=False, error_message=str(error))
+    reference = self.lora_ref_cache.pop(obj.lora_name)
+    result = await original(self, obj, *args)
+    if not result.success:
+        self.lora_ref_cache.setdefault(obj.lora_name, reference)
+    return result
 
 
 class ModuleMiddleware:

@@ -33,8 +33,7 @@ _NEW_WEIGHTS: Final = "new weights would serve under the old identity. Restart t
 _CLOSED_PREFIXES: Final = {
     "/update_weights": _NEW_WEIGHTS,
     "/init_weights_update_group": _NEW_WEIGHTS,
-    "/load_lora_adapter": "modules are given when the server starts (--lora-paths of a unified one).",
-    "/unload_lora_adapter": "modules are given when the server starts (--lora-paths of a unified one).",
+    "/load_lora_adapter_from_tensors": "a module comes in a folder, with its manifest.",
     "/open_session": "send the whole context; its prefix is cached.",
     "/pause_generation": "retracted requests would be prefilled again by the base, generated tokens included.",
     "/begin_weight_update": _NEW_WEIGHTS,
@@ -44,6 +43,12 @@ _CLOSED_PREFIXES: Final = {
     "/resume_memory_occupation": "the KV pool is shared with other processes. Restart the worker.",
     "/pd_role_switch": "a worker cannot change sides.",
 }
+
+_CLOSED_TO_HALVES: Final = {
+    path: "adapters are modules of a server with the role unified."
+    for path in ("/load_lora_adapter", "/unload_lora_adapter")
+}
+"""Paths that only a unified server has open."""
 
 _HEALTH_PATHS: Final = ("/health", "/health_generate", "/ready")
 
@@ -80,10 +85,14 @@ def setup_http_server(
         return description
 
     http_server.app.add_api_route(WORKER_INFO_PATH, worker_info, methods=["GET"])
+    is_unified = description["role"] == Role.UNIFIED
     http_server.app.add_middleware(
-        LegMiddleware, handoff_failure=failure, is_warming_up=lambda: _is_warming_up(tokenizer_manager)
+        LegMiddleware,
+        handoff_failure=failure,
+        is_warming_up=lambda: _is_warming_up(tokenizer_manager),
+        is_unified=is_unified,
     )
-    if description["role"] == Role.UNIFIED:
+    if is_unified:
         http_server.app.add_middleware(ModuleMiddleware, manager=tokenizer_manager)
     return original(server_args, tokenizer_manager, *args, **kwargs)
 
@@ -134,8 +143,10 @@ class LegMiddleware:
         *,
         handoff_failure: str | None = None,
         is_warming_up: Callable[[], bool] = lambda: False,
+        is_unified: bool = False,
     ) -> None:
         self._app = app
+        self._is_unified = is_unified
         self._handoff_failure = handoff_failure
         self._is_warming_up = is_warming_up
 
@@ -143,7 +154,7 @@ class LegMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        for prefix, reason in _CLOSED_PREFIXES.items():
+        for prefix, reason in (_CLOSED_PREFIXES | ({} if self._is_unified else _CLOSED_TO_HALVES)).items():
             if scope["path"].startswith(prefix):
                 await _refuse(send, f"{scope['path']} is not supported on a worker with a PrefillShare role: {reason}")
                 return

@@ -63,6 +63,20 @@ def _try_adapters(manager: Any) -> None:
             ) from error
 
 
+def load_lora_adapter(original: Callable[..., Any], self: Any, lora_ref: Any) -> Any:
+    """Hook on loading while the server serves: an adapter that fits no batch is put back, and the others served on."""
+    result = original(self, lora_ref)
+    if result.success:
+        try:
+            self.fetch_new_loras({lora_ref.lora_id})
+        except Exception as error:  # of whatever is wrong with its weights
+            self.unload_lora_adapter(lora_ref)
+            return self.create_lora_update_result(
+                False, f"{lora_ref.lora_path} cannot be served as an adapter: {error}"
+            )
+    return result
+
+
 def create_generation_req(original: Callable[..., Any], self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
     """Key the request by the base's identity, whatever its module, and note where its adapter begins.
 
