@@ -83,7 +83,8 @@ def up(
 ) -> int:
     """Start and supervise a whole TOPOLOGY (YAML) on this machine until Ctrl-C.
 
-    Prints `router URL` on stdout once base workers, decode workers and router are ready. One that ends before that ends
+    Prints `router URL` on stdout once base workers, decode workers and router are ready (`server URL` of a unified
+    topology). One that ends before that ends
     all, with exit status 1. One that ends later is restarted, 3 times in 10 minutes at most, while the others serve on;
     what ends more often, or ends under --fail-fast, ends all. A second Ctrl-C does not wait for anyone.
     """
@@ -114,7 +115,7 @@ def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path 
             signal.signal(number, lambda *_: deployment.request_stop())
         try:
             with deployment, ready_file(json_ready, deployment) as write_ready_file:
-                click.echo(f"router {deployment.router_url}")
+                click.echo(f"{'server' if deployment.router is None else 'router'} {deployment.url}")
                 deployment.wait(on_restored=write_ready_file)
         except StopRequestedError:
             display.say("stopped")

@@ -14,6 +14,12 @@
     args: {dtype: bfloat16}           # for every worker; a worker's own args win, and `null` there takes one out
     env: {HF_HUB_OFFLINE: 1}          # for every worker, likewise
 
+With `unified: true` base and modules are one server, at the router's `host` and `port`; modules are LoRA adapters then:
+
+    unified: true
+    decode:
+      - {name: coder, adapter: ./adapters/coder}
+
 `args` holds flags of `sglang.launch_server` (for `router`: of `prefillshare route`) without their dashes. `true` is a
 switch, a list gives one flag several values, a mapping is passed as JSON, and `false` or `null` leaves the flag
 out. An unknown or repeated key is an error. Starting what is described here is `deployment.py`'s task.
@@ -44,6 +50,7 @@ WORKER_FLAGS_OF_UP: Final = frozenset(
         "base-gpu-id",
         "disaggregation-bootstrap-port",
         "host",
+        "lora-paths",
         "model",
         "model-path",
         "nccl-port",
@@ -99,12 +106,27 @@ class DecodeModule:
     settings: WorkerSettings
 
     def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise ConfigError(
-                f"name is {self.name!r}, wanted letters, digits, '.', '_' and '-', beginning with a letter or digit."
-            )
-        if self.name in RESERVED_NAMES:
-            raise ConfigError(f"name {self.name!r} is taken by our own processes. Name the module after what it does.")
+        _check_name(self.name)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterModule:
+    """A decode module of a unified server: the name that clients ask for, and the folder of its LoRA adapter."""
+
+    name: str
+    folder: str
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"name is {name!r}, wanted letters, digits, '.', '_' and '-', beginning with a letter or digit."
+        )
+    if name in RESERVED_NAMES:
+        raise ConfigError(f"name {name!r} is taken by our own processes. Name the module after what it does.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,19 +147,28 @@ class RouterSettings:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """One base, the decode modules that read its KV, and the router before them. `args` and `env` are all workers'."""
+    """One base, the decode modules that read its KV, and the router before them. `args` and `env` are all workers'.
+
+    With `adapters` there is one server instead, which is all of it, where `router` says.
+    """
 
     base: WorkerSettings
     decode: tuple[DecodeModule, ...]
     router: RouterSettings = field(default_factory=RouterSettings)
     args: Mapping[str, ArgValue] = field(default_factory=dict)
     env: Mapping[str, str | None] = field(default_factory=dict)
+    adapters: tuple[AdapterModule, ...] = ()
 
     def __post_init__(self) -> None:
         _check_flags(self.args, WORKER_FLAGS_OF_UP, "sglang.launch_server")
-        if not self.decode:
+        if not self.decode and not self.adapters:
             raise ConfigError("decode is empty, wanted at least one decode module.")
-        names = [module.name for module in self.decode]
+        if self.adapters and (self.base.workers > 1 or self.router.args):
+            raise ConfigError(
+                "a unified server is one process: several workers of the base, and args of the router, have no place in "
+                "it. Leave them out, or unified."
+            )
+        names = [*(module.name for module in self.decode), *(module.name for module in self.adapters)]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(
                 f"decode names {', '.join(repeated)} twice. Several workers of one module are `workers: N`, "
@@ -244,6 +275,8 @@ def _plain_flag(name: str) -> str:
 def _instead(name: str) -> str:
     if name in ("model", "model-path", "served-model-name", "prefill-share-base"):
         return "Use the keys model and name."
+    if name == "lora-paths":
+        return "Use unified: true and the key adapter."
     if name == "base-gpu-id":
         return "Use the key gpus."
     if name in ("prefill", "decode"):
@@ -263,15 +296,20 @@ class _Parser:
 
     def topology(self, root: yaml.Node) -> Topology:
         self._refuse_repeats(root)
-        keys = self._mapping(root, "the topology", required=("base", "decode"), optional=("router", "args", "env"))
+        keys = self._mapping(
+            root, "the topology", required=("base", "decode"), optional=("unified", "router", "args", "env")
+        )
         decode = keys["decode"]
         if not isinstance(decode, yaml.SequenceNode):
             raise self._error(decode, f"decode is {self._kind(decode)}, wanted a list of decode modules.")
+        is_unified = self._bool(keys["unified"], "unified") if "unified" in keys else False
+        places = [(node, f"decode[{index}]") for index, node in enumerate(decode.value)]
         return self._build(
             root,
             Topology,
             base=self._settings(keys["base"], "base"),
-            decode=tuple(self._module(node, f"decode[{index}]") for index, node in enumerate(decode.value)),
+            decode=() if is_unified else tuple(self._module(node, where) for node, where in places),
+            adapters=tuple(self._adapter(node, where) for node, where in places) if is_unified else (),
             router=self._router(keys["router"]) if "router" in keys else RouterSettings(),
             args=self._shared_args(keys["args"]) if "args" in keys else {},
             env=self._env(keys["env"], "env") if "env" in keys else {},
@@ -299,6 +337,15 @@ class _Parser:
         settings = self._settings(node, where, extra=("name",))
         name = self._mapping(node, where, optional=None)["name"]
         return self._build(name, DecodeModule, where, name=self._text(name, f"{where}.name"), settings=settings)
+
+    def _adapter(self, node: yaml.Node, where: str) -> AdapterModule:
+        keys = self._mapping(node, where, required=("name", "adapter"))
+        folder = self._text(keys["adapter"], f"{where}.adapter")
+        try:
+            path = resolve_model(folder, self._directory)
+        except ConfigError as error:
+            raise self._error(keys["adapter"], f"{where}: {error}") from error
+        return self._build(node, AdapterModule, where, name=self._text(keys["name"], f"{where}.name"), folder=path)
 
     def _router(self, node: yaml.Node) -> RouterSettings:
         keys = self._mapping(node, "router", optional=("host", "port", "args"))
@@ -405,6 +452,13 @@ class _Parser:
         if isinstance(value, bool) or not isinstance(value, int):
             found = repr(node.value) if isinstance(node, yaml.ScalarNode) else self._kind(node)
             raise self._error(node, f"{where} is {found}, wanted a whole number.")
+        return value
+
+    def _bool(self, node: yaml.Node, where: str) -> bool:
+        value = self._value(node) if isinstance(node, yaml.ScalarNode) else None
+        if not isinstance(value, bool):
+            found = repr(node.value) if isinstance(node, yaml.ScalarNode) else self._kind(node)
+            raise self._error(node, f"{where} is {found}, wanted true or false.")
         return value
 
     def _value(self, node: yaml.Node) -> Any:

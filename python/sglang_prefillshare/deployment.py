@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self, TextIO
 
-from sglang_prefillshare.config import ArgValue, DecodeModule, Topology, WorkerSettings, flags_of
+from sglang_prefillshare.config import ArgValue, DecodeModule, RouterSettings, Topology, WorkerSettings, flags_of
 from sglang_prefillshare.errors import ConfigError, HandoffError, WorkerError
 from sglang_prefillshare.handoff import proof
 from sglang_prefillshare.preload import Preloader
@@ -39,6 +39,7 @@ ROUTER_COMMAND: Final = (sys.executable, "-m", "sglang_prefillshare.cli", "route
 WORKER_HOST: Final = "127.0.0.1"
 BASE_NAME: Final = "base"
 ROUTER_NAME: Final = "router"
+UNIFIED_NAME: Final = "unified"
 
 CPU_ENV: Final[Mapping[str, str]] = {
     "OMP_NUM_THREADS": "1",
@@ -263,6 +264,11 @@ class Deployment:
         assert self.router is not None, "the router is planned when the deployment starts"
         return self.router.url
 
+    @property
+    def url(self) -> str:
+        """Where clients ask: the router's, or the unified server's."""
+        return self.workers[0].url if self._topology.adapters else self.router_url
+
     def worker(self, name: str) -> Worker:
         """The worker of this name: `base` or `base.0`, a decode module's name or `coder.1`."""
         for worker in self.workers:
@@ -305,6 +311,16 @@ class Deployment:
 
     def _plan(self) -> tuple[list[WorkerPlan], WorkerPlan | None]:
         """What to run; without a router if a subclass says so."""
+        if self._topology.adapters:
+            return [
+                plan_unified(
+                    self._topology,
+                    ports=self._ports,
+                    options=self._options,
+                    is_cpu_host=not has_accelerator(),
+                    environ=os.environ,
+                )
+            ], None
         plans, router = plan_topology(
             self._topology,
             ports=self._ports,
@@ -370,11 +386,11 @@ class Deployment:
 
     def describe(self) -> dict[str, Any]:
         """Router and workers as plain values, for programs."""
-        assert self.router is not None, "only topologies with a router are described"
+        router = {} if self.router is None else {"router_url": self.router_url, "router": self.router.describe()}
         return {
-            "router_url": self.router_url,
+            "url": self.url,
             "pid": os.getpid(),
-            "router": self.router.describe(),
+            **router,
             "workers": [worker.describe() for worker in self.workers],
         }
 
@@ -559,6 +575,39 @@ def plan_topology(
     return plans, plan_router(topology, plans, ports=ports, options=options, environ=environ)
 
 
+def plan_unified(
+    topology: Topology,
+    *,
+    ports: PortBlocks,
+    options: DeploymentOptions,
+    is_cpu_host: bool,
+    environ: Mapping[str, str],
+) -> WorkerPlan:
+    """The one server of a topology whose modules are adapters. It listens where the router would."""
+    host, port = topology.router.host, _router_port(topology.router, ports)
+    plan = plan_worker(
+        topology,
+        topology.base,
+        name=UNIFIED_NAME,
+        role=Role.UNIFIED,
+        module=None,
+        own_args={
+            "host": host,
+            "port": port,
+            "prefill-share-role": Role.UNIFIED.value,
+            "served-model-name": BASE_NAME,
+            "lora-paths": tuple(f"{adapter.name}={adapter.folder}" for adapter in topology.adapters),
+        },
+        ready_paths=(WORKER_INFO_PATH, "/health"),
+        index=0,
+        ports=ports,
+        options=options,
+        is_cpu_host=is_cpu_host,
+        environ=environ,
+    )
+    return replace(plan, host=host, port=port)
+
+
 def choose_backend(plans: Sequence[WorkerPlan]) -> list[WorkerPlan]:
     """The plans, with NIXL for all of them where GPUs that they are dealt cannot read from each other.
 
@@ -657,12 +706,7 @@ def plan_router(
 ) -> WorkerPlan:
     """The router before `workers`. A prefill worker that belongs to one module is named with it, as decode's are."""
     router = topology.router
-    if router.port and not _is_free(router.host, router.port):
-        raise ConfigError(
-            f"the router cannot listen at {router.host}:{router.port}: the port is taken, or the address is not of "
-            "this machine. Choose another port, or 0 for a free one."
-        )
-    port = router.port or ports.take()
+    port = _router_port(router, ports)
     command = [*options.router_command, "--host", router.host, "--port", str(port)]
     for worker in workers:
         flag = "--prefill" if worker.role is Role.PREFILL else "--decode"
@@ -679,6 +723,15 @@ def plan_router(
         env={**environ, **_UNBUFFERED, **({} if api_key is None else {API_KEY_VARIABLE: api_key})},
         ready_paths=("/health",),
     )
+
+
+def _router_port(router: RouterSettings, ports: PortBlocks) -> int:
+    if router.port and not _is_free(router.host, router.port):
+        raise ConfigError(
+            f"the router cannot listen at {router.host}:{router.port}: the port is taken, or the address is not of "
+            "this machine. Choose another port, or 0 for a free one."
+        )
+    return router.port or ports.take()
 
 
 def _worker_env(

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 import aiohttp
 import pytest
 
+from sglang_prefillshare.config import AdapterModule, Topology, WorkerSettings
 from test.e2e.conftest import Models
+from test.support.device import WORKER_ARGS
 from test.support.models import make_adapter, sample_prompt
 from test.support.oracle import Oracle, clear_prompt
-from test.support.servers import Answer, greedy, launch_server, post, session
+from test.support.servers import Answer, deploy, greedy, launch_server, post, session
 
 NEW_TOKENS = 12
 LENGTHS = (1, 2, 3, 15, 16, 17, 33, 64, 65, 66, 100, 128, 129, 300)
@@ -50,13 +52,23 @@ def oracles(models: Models, adapters: dict[str, Path]) -> dict[str, Oracle]:
 def unified(
     request: pytest.FixtureRequest, models: Models, adapters: dict[str, Path], oracles: dict[str, Oracle]
 ) -> Iterator[Unified]:
-    """Chunks of 64 tokens, a pool of not much more than one long context, and now and then a retraction."""
+    """Chunks of 64 tokens, a pool of not much more than one long context, and now and then a retraction.
+
+    With pages of one token, SGLang's default, as `prefillshare up` starts it.
+    """
     page_size = LAYOUTS[request.param]
-    tokens = 1024
-    args = ["--prefill-share-role", "unified", "--page-size", page_size, "--chunked-prefill-size", 64]
-    args += ["--max-total-tokens", tokens, "--max-running-requests", 8]
-    args += ["--lora-paths", *(f"{name}={folder}" for name, folder in adapters.items())]
-    with launch_server(models.base, [str(word) for word in args], {"SGLANG_TEST_RETRACT": "1"}) as url:
+    args = {"page-size": page_size, "chunked-prefill-size": 64, "max-total-tokens": 1024, "max-running-requests": 8}
+    env = {"SGLANG_TEST_RETRACT": "1"}
+    if page_size == 1:
+        modules = tuple(AdapterModule(name, str(folder)) for name, folder in adapters.items())
+        described = Topology(WorkerSettings(str(models.base), args=WORKER_ARGS | args, env=env), (), adapters=modules)
+        with deploy(described) as deployment:
+            yield Unified(deployment.url, page_size, oracles)
+        return
+    words = [f"--{name}={value}" for name, value in args.items()]
+    words += ["--prefill-share-role", "unified"]
+    words += ["--lora-paths", *(f"{name}={folder}" for name, folder in adapters.items())]
+    with launch_server(models.base, words, env) as url:
         yield Unified(url, page_size, oracles)
 
 
@@ -236,6 +248,51 @@ def test_modules_come_and_go_while_others_are_served(unified: Unified, models: M
     assert found["unknown"].status == 400 and "no module 'nobody'" in found["unknown"].body["error_message"]
     assert found["after"].token_ids == found["before"].token_ids
     assert computed_by_base(found["answer"], prompt) == (len(prompt) - 1) % unified.page_size
+
+
+HOSTILE: dict[str, tuple[dict[str, Any], int]] = {
+    "a number for a module": ({"text": "a", "lora_path": 5}, 400),
+    "a list for one prompt": ({"text": "a", "lora_path": ["planner"]}, 400),
+    "fewer modules than prompts": ({"text": ["a", "b"], "lora_path": ["planner"]}, 400),
+    "a prompt without a module": ({"text": ["a", "b"], "lora_path": ["planner", None]}, 400),
+    "a prompt of an unknown module": ({"text": ["a", "b"], "lora_path": ["planner", "nobody"]}, 400),
+    "no token": ({"input_ids": [], "lora_path": "planner"}, 400),
+    "an id beyond the vocabulary": ({"input_ids": [5, 999999, 7], "lora_path": "planner"}, 400),
+    "a stop beyond the vocabulary": (
+        {"text": "a", "lora_path": "planner", "sampling_params": {"stop_token_ids": [99999999], "min_new_tokens": 3}},
+        400,
+    ),
+    "log-probabilities of the prompt": (
+        {"text": "abc", "lora_path": "planner", "return_logprob": True, "logprob_start_len": 0},
+        400,
+    ),
+    "a session": ({"text": "a", "lora_path": "planner", "session_params": {"id": "s"}}, 400),
+    "an id of SGLang's own": ({"text": "a", "lora_path": "planner", "rid": "HEALTH_CHECK_1", "lora_id": "x"}, 200),
+    "no module, as a health check": ({"text": "a", "rid": "HEALTH_CHECK_1"}, 400),
+    "a grammar that allows no token": (
+        {"input_ids": [5, 6], "lora_path": "planner", "sampling_params": {"regex": "é", "max_new_tokens": 4}},
+        400,
+    ),
+    "nothing to generate": (
+        {"input_ids": [5, 6], "lora_path": "planner", "sampling_params": {"max_new_tokens": 0}},
+        200,
+    ),
+    "another place": ({"text": "a", "lora_path": "planner", "bootstrap_host": "2.2.2.2", "bootstrap_room": 1}, 200),
+    "modules of a batch": ({"text": ["a", "b"], "lora_path": ["planner", "coder"]}, 200),
+}
+
+
+def test_nothing_that_is_sent_ends_the_server(unified: Unified) -> None:
+    async def run() -> dict[str, Answer]:
+        async with session() as client:
+            sent = {name: await post(client, f"{unified.url}/generate", body) for name, (body, _) in HOSTILE.items()}
+            for path in ("/v1/embeddings", "/v1/rerank", "/v1/score", "/v1/completions", "/v1/responses"):
+                await post(client, unified.url + path, {"model": "nobody", "input": "a", "prompt": "a", "query": "a"})
+            return sent
+
+    found = {name: answer.status for name, answer in asyncio.run(run()).items()}
+    assert found == {name: status for name, (_, status) in HOSTILE.items()}
+    check_all(unified, [("coder", clear_prompt(unified.oracles["coder"], 50, NEW_TOKENS, seed=71))])
 
 
 def test_clients_that_leave_take_nothing_along(unified: Unified) -> None:

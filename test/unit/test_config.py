@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from sglang_prefillshare.config import RouterSettings, Topology, flags_of, load_topology, parse_topology, topology_from
+from sglang_prefillshare.config import (
+    AdapterModule,
+    RouterSettings,
+    Topology,
+    flags_of,
+    load_topology,
+    parse_topology,
+    topology_from,
+)
 from sglang_prefillshare.errors import ConfigError
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "topology.yaml"
@@ -102,6 +110,7 @@ def test_keys_may_be_merged_and_overridden() -> None:
 
 
 DECODE = "decode: [{name: a, model: m}]"
+ADAPTERS = "decode: [{name: a, adapter: m}]"
 
 
 @pytest.mark.parametrize(
@@ -140,6 +149,22 @@ DECODE = "decode: [{name: a, model: m}]"
         (f"base: {{model: m, env: {{A: true}}}}\n{DECODE}", "base.env.A is true, which YAML reads as a boolean"),
         (f"base: {{model: m}}\n{DECODE}\nrouter: {{port: 70000}}", "t.yaml:3: router: port is 70000"),
         (f"base: {{model: m}}\n{DECODE}\nrouter: {{args: {{prefill: x}}}}", "is given every worker of this topology"),
+        (f"base: {{model: m}}\nunified: 1\n{ADAPTERS}", "t.yaml:2: unified is '1', wanted true or false"),
+        (
+            f"base: {{model: m}}\nunified: true\n{DECODE}",
+            r"decode\[0\] has an unknown key 'model', wanted adapter, name",
+        ),
+        (f"base: {{model: m}}\n{ADAPTERS}", r"decode\[0\] has an unknown key 'adapter'"),
+        (f"base: {{model: m, workers: 2}}\nunified: true\n{ADAPTERS}", "a unified server is one process"),
+        ("base: {model: m}\nunified: true\ndecode: []", "decode is empty"),
+        (
+            "base: {model: m}\nunified: true\ndecode: [{name: a, adapter: ./gone}]",
+            r"decode\[0\]: model './gone' does not",
+        ),
+        (
+            f"base: {{model: m}}\nunified: true\n{ADAPTERS}\nargs: {{lora_paths: x}}",
+            "Use unified: true and the key adapter",
+        ),
         (f"base: {{model: m}}\n{DECODE}\nrouter: [", "t.yaml:3: not valid YAML"),
         (f"base: {{model: m}}\n{DECODE}\nbase: *unknown", "t.yaml:3: not valid YAML: found undefined alias"),
     ],
@@ -147,6 +172,17 @@ DECODE = "decode: [{name: a, model: m}]"
 def test_a_wrong_topology_is_refused_naming_line_found_and_wanted(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(text)
+
+
+def test_a_unified_server_has_adapters_for_modules(tmp_path: Path) -> None:
+    (tmp_path / "planner").mkdir()
+    text = "base: {model: m}\nunified: true\ndecode: [{name: planner, adapter: planner}, {name: coder, adapter: org/coder}]"
+    topology = parse_topology(text, source="t.yaml", directory=tmp_path)
+    assert topology.decode == ()
+    assert topology.adapters == (
+        AdapterModule("planner", str(tmp_path / "planner")),
+        AdapterModule("coder", "org/coder"),
+    )
 
 
 def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:

@@ -298,6 +298,20 @@ def test_a_ready_file_describes_the_deployment_for_as_long_as_it_serves(tmp_path
         assert not path.exists()
 
 
+def test_a_unified_server_is_one_process_where_the_router_would_be(tmp_path: Path, mark: str) -> None:
+    modules = [{"name": name, "adapter": "model"} for name in ("planner", "coder")]
+    topology = fake_topology(tmp_path, mark, unified=True, decode=modules)
+    with Deployment(topology, options=fake_options()) as deployment:
+        [worker] = deployment.workers
+        assert deployment.router is None and deployment.url == worker.url
+        assert deployment.describe()["workers"][0]["role"] == "unified" and deployment.describe()["url"] == worker.url
+        command = worker.plan.command
+        folder = tmp_path / "model"
+        start = command.index("--lora-paths")
+        assert command[start + 1 : start + 3] == (f"planner={folder}", f"coder={folder}")
+        assert command[command.index("--port") + 1] == str(worker.plan.port)
+
+
 def test_two_deployments_stand_side_by_side(tmp_path: Path, mark: str) -> None:
     topology = fake_topology(tmp_path, mark)
     with (
