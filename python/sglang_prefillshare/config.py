@@ -50,7 +50,6 @@ WORKER_FLAGS_OF_UP: Final = frozenset(
         "base-gpu-id",
         "disaggregation-bootstrap-port",
         "host",
-        "lora-paths",
         "model",
         "model-path",
         "nccl-port",
@@ -165,9 +164,11 @@ class Topology:
             raise ConfigError("decode is empty, wanted at least one decode module.")
         if self.adapters and (self.base.workers > 1 or self.router.args):
             raise ConfigError(
-                "a unified server is one process: several workers of the base, and args of the router, have no place in "
-                "it. Leave them out, or unified."
+                "a unified server is one process: several workers of the base, and args of the router, have no place "
+                "in it. Leave them out, or unified."
             )
+        if self.adapters and "lora-paths" in self.args_of(self.base):
+            raise ConfigError("args sets lora-paths, which the key adapter of each module does. Remove it.")
         names = [*(module.name for module in self.decode), *(module.name for module in self.adapters)]
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ConfigError(
@@ -275,8 +276,6 @@ def _plain_flag(name: str) -> str:
 def _instead(name: str) -> str:
     if name in ("model", "model-path", "served-model-name", "prefill-share-base"):
         return "Use the keys model and name."
-    if name == "lora-paths":
-        return "Use unified: true and the key adapter."
     if name == "base-gpu-id":
         return "Use the key gpus."
     if name in ("prefill", "decode"):

@@ -163,7 +163,7 @@ ADAPTERS = "decode: [{name: a, adapter: m}]"
         ),
         (
             f"base: {{model: m}}\nunified: true\n{ADAPTERS}\nargs: {{lora_paths: x}}",
-            "Use unified: true and the key adapter",
+            "args sets lora-paths",
         ),
         (f"base: {{model: m}}\n{DECODE}\nrouter: [", "t.yaml:3: not valid YAML"),
         (f"base: {{model: m}}\n{DECODE}\nbase: *unknown", "t.yaml:3: not valid YAML: found undefined alias"),
@@ -176,7 +176,8 @@ def test_a_wrong_topology_is_refused_naming_line_found_and_wanted(text: str, mes
 
 def test_a_unified_server_has_adapters_for_modules(tmp_path: Path) -> None:
     (tmp_path / "planner").mkdir()
-    text = "base: {model: m}\nunified: true\ndecode: [{name: planner, adapter: planner}, {name: coder, adapter: org/coder}]"
+    modules = "decode: [{name: planner, adapter: planner}, {name: coder, adapter: org/coder}]"
+    text = f"base: {{model: m}}\nunified: true\n{modules}"
     topology = parse_topology(text, source="t.yaml", directory=tmp_path)
     assert topology.decode == ()
     assert topology.adapters == (
