@@ -15,8 +15,10 @@ from transformers import AutoTokenizer
 pytest.importorskip("peft", reason="waits for the packages of requirements/train.txt: run `make setup`")
 
 from sglang_prefillshare.cli import cli
+from sglang_prefillshare.config import AdapterModule, Topology, WorkerSettings
 from sglang_prefillshare.deployment import Deployment
 from sglang_prefillshare.evaluation.tasks import load_task
+from test.support.device import WORKER_ARGS
 from test.support.models import make_base
 from test.support.oracle import Oracle, clear_prompt
 from test.support.servers import deploy, greedy, post, session, topology
@@ -67,6 +69,24 @@ def test_a_trained_module_is_served_and_generates_what_it_does_offline(
             return [(await post(client, url, greedy(p, NEW_TOKENS, model="planner"))).token_ids for p in prompts]
 
     assert asyncio.run(run(running)) == wanted
+
+
+def test_its_adapter_answers_the_same_in_one_server(trained: tuple[Path, Path]) -> None:
+    """Trained with the base's KV, merged and served behind the base, or as it is beside it: the same answers."""
+    base, planner = trained
+    oracle = Oracle(base, planner)
+    prompts = [clear_prompt(oracle, length, NEW_TOKENS, seed=60 + length) for length in (2, 30, 180)]
+    adapter = AdapterModule("planner", str(planner.with_name("adapter")))
+    described = Topology(WorkerSettings(str(base), args=WORKER_ARGS), (), adapters=(adapter,))
+
+    async def run(url: str) -> list[list[int]]:
+        async with session() as client:
+            asked = [{**greedy(prompt, NEW_TOKENS), "lora_path": "planner"} for prompt in prompts]
+            return [(await post(client, f"{url}/generate", body)).token_ids for body in asked]
+
+    with deploy(described) as deployment:
+        found = asyncio.run(run(deployment.url))
+    assert found == [oracle.generate(prompt, NEW_TOKENS).token_ids for prompt in prompts]
 
 
 @pytest.mark.parametrize("form", ["chat", "completion"])
