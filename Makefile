@@ -16,7 +16,7 @@ demo: setup ## Watch planner, coder and reviewer answer over one context that th
 	@$(PYTHON) examples/demo/run.py
 
 test: setup ## Run the tests, on real SGLang servers with tiny models (under 20 minutes on two cores)
-	@$(PYTHON) -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu" test
+	@$(PYTHON) -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu" test
 
 test-slow: setup ## Run every test, the full oracle set too (about 30 minutes)
 	@$(PYTHON) -m pytest -q test
