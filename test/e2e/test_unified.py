@@ -270,7 +270,11 @@ HOSTILE: dict[str, tuple[dict[str, Any], int]] = {
     "an id of SGLang's own": ({"text": "a", "lora_path": "planner", "rid": "HEALTH_CHECK_1", "lora_id": "x"}, 200),
     "no module, as a health check": ({"text": "a", "rid": "HEALTH_CHECK_1"}, 400),
     "a grammar that allows no token": (
-        {"input_ids": [5, 6], "lora_path": "planner", "sampling_params": {"regex": "é", "max_new_tokens": 4}},
+        {
+            "input_ids": [5, 6],
+            "lora_path": "planner",
+            "sampling_params": {"regex": "a", "min_new_tokens": 3, "max_new_tokens": 4},
+        },
         400,
     ),
     "nothing to generate": (

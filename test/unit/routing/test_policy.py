@@ -13,7 +13,7 @@ from sglang_prefillshare.routing.policy import DecodeSnapshot, PrefillSnapshot, 
 CONFIG = PolicyConfig(load_margin_tokens=1000, load_margin_requests=10, load_margin_ratio=2.0, min_prefix_tokens=64)
 MARGINS = {Role.PREFILL: CONFIG.load_margin_tokens, Role.DECODE: CONFIG.load_margin_requests}
 
-both_roles = pytest.mark.parametrize("role", list(Role))
+both_roles = pytest.mark.parametrize("role", list(MARGINS))
 
 
 def pick(

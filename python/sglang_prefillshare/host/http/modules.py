@@ -19,6 +19,8 @@ PATH_PREFIX: Final = "/m/"
 MODELS_PATH: Final = "/v1/models"
 
 named_by_path: ContextVar[str | None] = ContextVar("prefill_share_module", default=None)
+is_posted: ContextVar[bool] = ContextVar("prefill_share_posted", default=False)
+"""Whether a client sent the request: SGLang's own health checks answer a GET."""
 
 
 def resolve_lora_path(original: Callable[..., Any], self: Any, request_model: str, explicit_lora_path: Any) -> Any:
@@ -43,7 +45,7 @@ async def validate_and_resolve_lora(original: Callable[..., Awaitable[None]], se
     """
     if obj.lora_path is None:
         obj.lora_path = named_by_path.get()
-    if not _is_sglangs_own(self, obj):
+    if not _is_sglangs_own(self):
         for name in obj.lora_path if isinstance(obj.lora_path, list) else [obj.lora_path]:
             try:
                 check_module(self, name)
@@ -98,6 +100,7 @@ class ModuleMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        is_posted.set(scope["method"] == "POST")
         path: str = scope["path"]
         if path.startswith(PATH_PREFIX):
             name, _, rest = path.removeprefix(PATH_PREFIX).partition("/")
@@ -153,8 +156,8 @@ def check_module(manager: Any, name: Any) -> None:
         raise ConfigError(f"{found}, wanted one of {', '.join(modules)}: as `model`, at /generate as `lora_path`.")
 
 
-def _is_sglangs_own(manager: Any, obj: Any) -> bool:
+def _is_sglangs_own(manager: Any) -> bool:
+    """A health check, or the warm-up before the server is ready."""
     from sglang.srt.managers.tokenizer_manager import ServerStatus
 
-    is_health_check = isinstance(obj.rid, str) and obj.rid.startswith("HEALTH_CHECK")
-    return is_health_check or manager.server_status == ServerStatus.Starting
+    return not is_posted.get() or bool(manager.server_status == ServerStatus.Starting)
