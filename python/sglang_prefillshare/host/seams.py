@@ -120,17 +120,21 @@ HTTP: Final = (
 
 SCHEDULER: Final = (
     Seam(
-        "sglang.srt.disaggregation.utils.get_kv_class", "transfer.backend:get_kv_class", "around",
-        ("transfer_backend", "class_type"),
-        why="our transfer backend's classes", changes=_NOTHING, retire_when="transfer backends can be registered",
-    ),
-    Seam(
         f"{_SCHEDULER}.get_init_info", "http.routes:get_init_info", "after", ("self",),
         why="the HTTP process must know the fingerprint and the pool's size", changes="its result: one key more",
         retire_when="schedulers can publish plugin data",
     ),
 )  # fmt: skip
-"""The scheduler of either role. (Prefill's HTTP process asks for the bootstrap server's class, too.)"""
+"""The scheduler of any role."""
+
+HALF_SCHEDULER: Final = (
+    Seam(
+        "sglang.srt.disaggregation.utils.get_kv_class", "transfer.backend:get_kv_class", "around",
+        ("transfer_backend", "class_type"),
+        why="our transfer backend's classes", changes=_NOTHING, retire_when="transfer backends can be registered",
+    ),
+)  # fmt: skip
+"""The scheduler of either half. (Prefill's HTTP process asks for the bootstrap server's class, too.)"""
 
 PREFILL_SCHEDULER: Final = (
     Seam(
@@ -169,6 +173,22 @@ PREFILL_SCHEDULER: Final = (
     ),
 )  # fmt: skip
 """A prefill worker's scheduler."""
+
+SAMPLING: Final = (
+    Seam(
+        "sglang.srt.layers.sampler.Sampler.forward", "roles.grammar:sample", "around",
+        ("self", "logits_output", "sampling_info", "return_logprob", "top_logprobs_nums", "token_ids_logprobs",
+         "positions", "logprob_logits"),
+        why="a grammar that allows no token ends its request, not the worker", changes="logits of such a row: all 0",
+        retire_when="SGLang ends requests whose grammar allows no token",
+    ),
+    Seam(
+        f"{_RESULTS}._accept_grammar_tokens", "roles.grammar:accept_tokens", "around", ("self", "req", "tokens"),
+        why="what such a request gets is a 400 with the reason", changes="the request's to_finish",
+        retire_when="the same",
+    ),
+)  # fmt: skip
+"""The scheduler of a role that samples."""
 
 DECODE_SCHEDULER: Final = (
     Seam(
@@ -262,18 +282,6 @@ DECODE_SCHEDULER: Final = (
         changes="the penalizers' rows: as before the call; a counter of ours on each request",
         retire_when="SGLang can leave the first token to the decode side, and counts right under overlap",
     ),
-    Seam(
-        "sglang.srt.layers.sampler.Sampler.forward", "roles.grammar:sample", "around",
-        ("self", "logits_output", "sampling_info", "return_logprob", "top_logprobs_nums", "token_ids_logprobs",
-         "positions", "logprob_logits"),
-        why="a grammar that allows no token ends its request, not the worker", changes="logits of such a row: all 0",
-        retire_when="SGLang ends requests whose grammar allows no token",
-    ),
-    Seam(
-        f"{_RESULTS}._accept_grammar_tokens", "roles.grammar:accept_tokens", "around", ("self", "req", "tokens"),
-        why="what such a request gets is a 400 with the reason", changes="the request's to_finish",
-        retire_when="the same",
-    ),
 )  # fmt: skip
 """A decode worker's scheduler."""
 
@@ -310,11 +318,6 @@ UNIFIED_SCHEDULER: Final = (
         f"{_SCHEDULER}.init_disaggregation", "roles.unified:init_disaggregation", "around", ("self",),
         why="the role is known before requests come", changes="an attribute of ours on the scheduler",
         retire_when="schedulers have a plugin hook before their queues",
-    ),
-    Seam(
-        f"{_SCHEDULER}.get_init_info", "http.routes:get_init_info", "after", ("self",),
-        why="the HTTP process must know the fingerprint and the pool's size", changes="its result: one key more",
-        retire_when="schedulers can publish plugin data",
     ),
     Seam(
         f"{_SCHEDULER}._create_generation_req", "roles.unified:create_generation_req", "around",
@@ -357,18 +360,6 @@ UNIFIED_SCHEDULER: Final = (
         ("self", "lora_ids"),
         why="the base's place counts", changes=_NOTHING,
         retire_when="SGLang knows adapters that begin within a request",
-    ),
-    Seam(
-        "sglang.srt.layers.sampler.Sampler.forward", "roles.grammar:sample", "around",
-        ("self", "logits_output", "sampling_info", "return_logprob", "top_logprobs_nums", "token_ids_logprobs",
-         "positions", "logprob_logits"),
-        why="a grammar that allows no token ends its request, not the worker", changes="logits of such a row: all 0",
-        retire_when="SGLang ends requests whose grammar allows no token",
-    ),
-    Seam(
-        f"{_RESULTS}._accept_grammar_tokens", "roles.grammar:accept_tokens", "around", ("self", "req", "tokens"),
-        why="what such a request gets is a 400 with the reason", changes="the request's to_finish",
-        retire_when="the same",
     ),
     Seam(
         f"{_RESULTS}._apply_prefill_grammar", "roles.grammar:apply_prefill", "around",
@@ -455,6 +446,8 @@ BY_PROCESS: Final = {
     "the process that is started": LAUNCH,
     "a worker's HTTP process": HTTP,
     "a scheduler with a role": SCHEDULER,
+    "the scheduler of either half": HALF_SCHEDULER,
+    "a scheduler that samples": SAMPLING,
     "a prefill worker's scheduler": PREFILL_SCHEDULER,
     "a decode worker's scheduler": DECODE_SCHEDULER,
     "a unified server's HTTP process, too": UNIFIED_HTTP,
@@ -490,9 +483,9 @@ def role_seams(settings: RoleSettings) -> tuple[Seam, ...]:
 
 
 _OWN: Final = {
-    Role.PREFILL: (*SCHEDULER, *PREFILL_SCHEDULER),
-    Role.DECODE: (*SCHEDULER, *DECODE_SCHEDULER),
-    Role.UNIFIED: (*UNIFIED_HTTP, *UNIFIED_SCHEDULER),
+    Role.PREFILL: (*SCHEDULER, *HALF_SCHEDULER, *PREFILL_SCHEDULER),
+    Role.DECODE: (*SCHEDULER, *HALF_SCHEDULER, *DECODE_SCHEDULER, *SAMPLING),
+    Role.UNIFIED: (*UNIFIED_HTTP, *SCHEDULER, *UNIFIED_SCHEDULER, *SAMPLING),
 }
 
 
