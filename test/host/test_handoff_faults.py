@@ -148,6 +148,7 @@ def test_a_killed_prefill_worker_is_noticed_in_every_state_and_decode_keeps_noth
         ready(decode)
         for state, prefill in zip(STATES, prefills, strict=False):
             pair = HandoffPair(prefill, decode)
+            works(pair)  # decode knows the process from then on; one that dies before it says who it is, it waits for
             wanted = prefill.checksum(SOURCE)
             in_flight = state(pair)
             prefill.kill()
