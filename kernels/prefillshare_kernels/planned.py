@@ -1,4 +1,4 @@
-"""`PlannedCopy`: whole pages from one pool to another, all that is the same in every copy decided beforehand.
+"""`PlannedCopy`: whole pages from one pool to another, or some heads of them, planned once.
 
 `copy_pages` checks and plans anew in each call, and Triton's ordinary launch looks every argument over for the kernel
 that fits: together more time than the device needs for a megabyte. Here both are done once.
@@ -33,29 +33,40 @@ class _Variant:
     before: tuple[int, int]
     """Addresses of the tables."""
     after: tuple[int, ...]
-    """First tokens and heads, all 0, and what was a constant of the compilation, in the kernel's order."""
+    """First tokens and heads, and what was a constant of the compilation, in the kernel's order."""
 
 
 class PlannedCopy:
     """Copies pages of `source` onto pages of `target`, two pools of one page size.
 
     Constructing it compiles and loads every kernel that it may launch. `tuning` replaces the choice by size.
+    Heads [source_head, source_head + head_count) of a row go to those from `target_head` on; by default all of them.
     Raises `ValueError` where the pools cannot exchange pages.
     """
 
-    def __init__(self, source: KVPool, target: KVPool, *, tuning: Tuning | None = None) -> None:
+    def __init__(
+        self,
+        source: KVPool,
+        target: KVPool,
+        *,
+        source_head: int = 0,
+        target_head: int = 0,
+        head_count: int | None = None,
+        tuning: Tuning | None = None,
+    ) -> None:
         if source.page_size != target.page_size:
             raise ValueError(
                 f"The source has pages of {source.page_size} tokens, the target of {target.page_size}. Describe both "
                 "with one page size, or use copy_pages."
             )
-        if source.heads != target.heads:
+        if head_count is None and source.heads != target.heads:
             raise ValueError(
-                f"The source has {source.heads} heads, the target {target.heads}. Use copy_pages to copy some of them."
+                f"The source has {source.heads} heads, the target {target.heads}. Pass head_count to copy some of them."
             )
         self.source, self.target = source, target
+        self._heads = source_head, target_head, source.heads if head_count is None else head_count
         self._page_size = source.page_size
-        self._page_bytes = source.page_size * sum(source.row_bytes)
+        self._page_bytes = source.page_size * self._heads[2] * sum(source.head_bytes)
         self._buffer_count = len(source.addresses)
         tunings = (SMALL, LARGE) if tuning is None else (tuning,)
         self._variants = {one: self._variant(one) for one in tunings}
@@ -85,11 +96,12 @@ class PlannedCopy:
 
     def _variant(self, tuning: Tuning) -> _Variant:
         page = torch.zeros(1, dtype=torch.int32, device=self.source.device)
+        source_head, target_head, head_count = self._heads
         launch = plan(
-            Paged(self.source, page),
-            Paged(self.target, page),
+            Paged(self.source, page, 0, source_head),
+            Paged(self.target, page, 0, target_head),
             tokens=self.source.page_size,
-            head_count=self.source.heads,
+            head_count=head_count,
             tuning=tuning,
         )
         assert launch is not None, "a page has a token"

@@ -143,9 +143,11 @@ def decode(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, list[messages.Message]
     manager.metadata = [np.zeros((2, 8), dtype=np.uint8)]
     manager.session, manager.forward_stream = SESSION, None
     manager._lent_at_ns, manager._copy, manager.claims = {}, copy_pages, ClaimBook()
-    pool = decode_end._PrefillPool(PoolView.of_tensors(source), LeaseView(table.handle))
+    pool = decode_end._PrefillPool(PoolView.of_tensors(source), LeaseView(table.handle), rank=0, heads=None)
     manager._pools = {1: pool}
-    manager.want(ROOM, np.arange(4, 8, dtype=np.int32), metadata_index=1, prefix_tokens=0, prefill=("127.0.0.1", 1))
+    wanted = np.arange(4, 8, dtype=np.int32)
+    prefill = {0: ("127.0.0.1", 1)}
+    manager.want(ROOM, wanted, metadata_index=1, prefix_tokens=0, prefill=prefill, readers=1)
     return manager, sent, table
 
 

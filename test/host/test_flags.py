@@ -177,9 +177,19 @@ def test_expandable_segments_are_refused_under_either_name(name: str, monkeypatc
 
     monkeypatch.setenv(name, "max_split_size_mb:64,expandable_segments:True")
     args = SimpleNamespace(
-        disaggregation_transfer_backend="prefillshare", tp_size=1, load_format="auto", enable_memory_saver=False
+        disaggregation_transfer_backend="prefillshare", load_format="auto", enable_memory_saver=False
     )
     with pytest.raises(ConfigError, match=f"{name} asks for expandable segments.*nixl"):
         flags._refuse_backend(args)
     args.disaggregation_transfer_backend = "nixl"
     flags._refuse_backend(args)
+
+
+@pytest.mark.parametrize(
+    ("cores", "ranks", "dealt"),
+    [({0, 1}, 2, "0|1"), ({2, 3, 6, 7, 8}, 2, "2,3|6,7"), ({5}, 2, "5|5"), ({0, 1, 2, 3}, 4, "0|1|2|3")],
+)
+def test_cores_are_dealt_out_to_ranks(cores: set[int], ranks: int, dealt: str) -> None:
+    from sglang_prefillshare.host import flags
+
+    assert flags.cores_of_ranks(cores, ranks) == dealt

@@ -29,6 +29,7 @@ from sglang_prefillshare.handoff import cuda_memory, messages, proof  # noqa: E4
 from sglang_prefillshare.handoff.copy import copy_pages  # noqa: E402
 from sglang_prefillshare.handoff.mapping import map_pool  # noqa: E402
 from sglang_prefillshare.handoff.pool import PoolView  # noqa: E402
+from sglang_prefillshare.handoff.ranks import Rank  # noqa: E402
 from sglang_prefillshare.host.roles import handshake  # noqa: E402
 from sglang_prefillshare.host.roles.role import SchedulerRole, check_handoff  # noqa: E402
 from sglang_prefillshare.host.transfer import decode_end, manager  # noqa: E402
@@ -54,6 +55,8 @@ def current(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> queue.Queue[
     """On which device each control thread hears from peers; neither sockets nor kernels are made."""
     heard: queue.Queue[int | None] = queue.Queue()
     monkeypatch.setattr(CommonKVManager, "__init__", lambda self, args, *_rest: setattr(self, "kv_args", args))
+    monkeypatch.setattr(CommonKVManager, "attn_tp_rank", 0, raising=False)
+    monkeypatch.setattr(CommonKVManager, "attn_tp_size", 1, raising=False)
     monkeypatch.setattr(manager.PrefillShareKVManager, "_hear", lambda _self: heard.put(driver.current()))
     monkeypatch.setattr(decode_end.DecodeKVManager, "_copier", lambda _self: None)
     monkeypatch.setattr(decode_end.DecodeKVManager, "_start_heartbeat_checker_thread", lambda _self: None)
@@ -73,7 +76,8 @@ def build(mode: DisaggregationMode, *devices: torch.device) -> Any:
     pool = SimpleNamespace(
         k_buffer=[SimpleNamespace(device=devices[0])], v_buffer=[SimpleNamespace(device=devices[-1])]
     )
-    scheduler_queue = SimpleNamespace(scheduler=None, token_to_kv_pool=pool)
+    scheduler = SimpleNamespace(model_config=SimpleNamespace(get_total_num_kv_heads=lambda: 1))
+    scheduler_queue = SimpleNamespace(scheduler=scheduler, token_to_kv_pool=pool)
     return handshake.init_kv_manager(lambda _queue: create_manager(args, mode, server_args), scheduler_queue)
 
 
@@ -92,10 +96,10 @@ def test_a_pool_on_the_second_gpu_is_exported_mapped_and_unmapped_there(
     offered = build(DisaggregationMode.PREFILL, torch.device("cuda", 1))._cuda_memory()
     assert (offered.device_uuid, offered.handles) == (uuid_of(1), (handle_of(K), handle_of(V)))
     decode = build(DisaggregationMode.DECODE, torch.device("cuda", 1))
-    pool = messages.Pool("x", 7, 1, 0, 8, 64, decode.geometry, offered)
+    pool = messages.Pool("x", 7, 1, 0, 8, 64, decode.geometry, offered, Rank())
     view = map_pool(pool, device=decode.cuda_index)
     assert view.addresses.tolist() == [K + MAPPED_AT, V + MAPPED_AT]
-    decode._pools[7] = decode_end._PrefillPool(view, None)  # type: ignore[arg-type]
+    decode._pools[7] = decode_end._PrefillPool(view, None, 0, None)  # type: ignore[arg-type]
     decode._device_copier = SimpleNamespace(forget=lambda _view: None)
     decode.peer_died(7, set())
     assert driver.mapped == [] and {device for _, device in driver.calls} == {1}
@@ -135,10 +139,10 @@ def proving(driver: FakeDriver, current: queue.Queue[int | None], monkeypatch: p
     monkeypatch.setattr(driver, "pool", pool, raising=False)
 
     def copier(self: Any) -> Any:
-        def copy(source: PoolView, target: PoolView, source_pages: Any, target_pages: Any) -> None:
+        def copy(source: PoolView, target: PoolView, source_pages: Any, target_pages: Any, heads: None) -> None:
             here = PoolView.at((source.addresses - MAPPED_AT).tolist(), source.page_bytes.tolist(), 1, owner=None)
             assert driver.mapped and driver.current() == 1
-            copy_pages(here, target, source_pages, target_pages)
+            copy_pages(here, target, source_pages, target_pages, heads)
 
         self._device_copier = SimpleNamespace(forget=lambda _view: None)
         return copy

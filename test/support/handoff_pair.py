@@ -483,14 +483,14 @@ def _time_copies(*, pause_s: float) -> list[int]:
     durations: list[int] = []
     original: Callable[..., Any] = copy.copy_pages
 
-    def timed(source: Any, target: Any, source_pages: PageList, target_pages: PageList) -> None:
+    def timed(source: Any, target: Any, source_pages: PageList, target_pages: PageList, heads: Any = None) -> None:
         started = time.monotonic_ns()
         half = len(source_pages) // 2 if pause_s else 0
         try:
             if half:
-                original(source, target, source_pages[:half], target_pages[:half])
+                original(source, target, source_pages[:half], target_pages[:half], heads)
                 time.sleep(pause_s)
-            original(source, target, source_pages[half:], target_pages[half:])
+            original(source, target, source_pages[half:], target_pages[half:], heads)
         finally:
             durations.append(time.monotonic_ns() - started)
 

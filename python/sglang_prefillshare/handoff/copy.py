@@ -20,6 +20,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from sglang_prefillshare.handoff.pool import PageList, PoolView, check_copy
+from sglang_prefillshare.handoff.ranks import HeadSlice
 
 _PREFETCH_RUNS: Final = 8
 """How many runs ahead memory is asked for: 8 was best of 0 to 16 for rows of 384 bytes."""
@@ -45,22 +46,45 @@ def contiguous_runs(source: PageList, target: PageList) -> Runs:
     return np.stack((source[starts], target[starts], lengths), axis=1).astype(np.int64)
 
 
-def copy_pages(source: PoolView, target: PoolView, source_pages: PageList, target_pages: PageList) -> None:
-    """Copy page source_pages[k] to page target_pages[k], in every buffer and for every k.
+def copy_pages(
+    source: PoolView,
+    target: PoolView,
+    source_pages: PageList,
+    target_pages: PageList,
+    heads: HeadSlice | None = None,
+) -> None:
+    """Copy page source_pages[k] to page target_pages[k], in every buffer and for every k; or just these `heads` of it.
 
-    Both pools are host memory, with pages of equal size. Bit-exact. The caller keeps the source pages from being
-    rewritten until this returns, and names no target page twice. Raises `HandoffError` for pages that are not there.
+    Both pools are host memory, with pages, or heads, of equal size. Bit-exact. The caller keeps the source pages from
+    being rewritten until this returns, and names no target page twice. Raises `HandoffError` for pages that are not
+    there.
     """
-    check_copy(source, target, source_pages, target_pages)
-    if len(source_pages):
-        _copy_runs(source.addresses, target.addresses, source.page_bytes, contiguous_runs(source_pages, target_pages))
+    check_copy(source, target, source_pages, target_pages, heads)
+    if not len(source_pages):
+        return
+    runs = contiguous_runs(source_pages, target_pages)
+    if heads is None:
+        _copy_runs(source.addresses, target.addresses, source.page_bytes, runs)
+        return
+    head_bytes = source.page_bytes // (heads.page_size * heads.source_heads)
+    _copy_heads(
+        source.addresses + heads.source_first * head_bytes,
+        target.addresses + heads.target_first * head_bytes,
+        heads.source_heads * head_bytes,
+        heads.target_heads * head_bytes,
+        heads.count * head_bytes,
+        heads.page_size,
+        runs,
+    )
 
 
 def warm_up() -> None:
     """Compile the copy, or load what an earlier process compiled, so that no request waits for it."""
     page = np.zeros((1, 1), np.uint8)
     view = PoolView.at([page.ctypes.data], [1], 1, owner=page)
-    copy_pages(view, view, np.zeros(1, np.int32), np.zeros(1, np.int32))
+    pages = np.zeros(1, np.int32)
+    copy_pages(view, view, pages, pages)
+    copy_pages(view, view, pages, pages, HeadSlice(1, 1, 1, 0, 0, 1))
 
 
 def _pointer(builder: Any, address: Any) -> Any:
@@ -123,3 +147,17 @@ def _copy_runs(sources: Any, targets: Any, page_bytes: Any, runs: Any) -> None:
                     _prefetch_to_read(read + offset)
                     _prefetch_to_write(write + offset)
             _memcpy(target + runs[k, 1] * size, source + runs[k, 0] * size, runs[k, 2] * size)
+
+
+@_compiled
+def _copy_heads(
+    sources: Any, targets: Any, source_rows: Any, target_rows: Any, widths: Any, page_size: int, runs: Any
+) -> None:
+    """`source_rows` and `target_rows` are the bytes of a row in each buffer, `widths` how many of them move."""
+    for buffer in range(sources.shape[0]):
+        source_row, target_row, width = source_rows[buffer], target_rows[buffer], widths[buffer]
+        for k in range(runs.shape[0]):
+            source = sources[buffer] + runs[k, 0] * page_size * source_row
+            target = targets[buffer] + runs[k, 1] * page_size * target_row
+            for row in range(runs[k, 2] * page_size):
+                _memcpy(target + row * target_row, source + row * source_row, width)

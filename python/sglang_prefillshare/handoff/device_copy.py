@@ -11,6 +11,7 @@ import torch
 from prefillshare_kernels.planned import PlannedCopy
 from prefillshare_kernels.pool import KVPool
 from sglang_prefillshare.handoff.pool import PageList, PoolView, check_copy
+from sglang_prefillshare.handoff.ranks import HeadSlice
 
 IN_PLACE_PAGES: Final = 64
 """Page lists up to here are read by the kernel where they lie, in pinned memory of the host.
@@ -22,8 +23,8 @@ have the kernel wait for it; longer ones are copied to the GPU once."""
 class DeviceCopier:
     """Copies on a stream of its own, beside the batches that the scheduler runs, and returns when the copy is done.
 
-    For one thread. Kernels take a page for a row: whole pages move, whatever their size in tokens. What is the same in
-    every copy of a pair of pools is done in `prepare`; a copy allocates nothing.
+    For one thread. Where whole pages move, kernels take a page for a row, whatever its size in tokens. What is the same
+    in every copy of a pair of pools is done in `prepare`; a copy allocates nothing.
     """
 
     def __init__(self, device: torch.device, *, in_place_pages: int = IN_PLACE_PAGES) -> None:
@@ -31,32 +32,51 @@ class DeviceCopier:
         self._in_place_pages = in_place_pages
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._stream_handle: int | None = self._stream.cuda_stream if self._stream is not None else None
-        self._pools: dict[int, tuple[PoolView, KVPool]] = {}
         self._copies: dict[tuple[int, int], PlannedCopy] = {}
+        self._views: dict[tuple[int, int], tuple[PoolView, PoolView]] = {}  # kept, so that their ids stay theirs
         self._numbers: npt.NDArray[np.int32] = np.zeros(0, np.int32)
         self._reserve(1)
 
-    def prepare(self, source: PoolView, target: PoolView) -> None:
-        """Plan copies from `source` to `target`, and compile and load their kernels: seconds where they are not cached.
+    def prepare(self, source: PoolView, target: PoolView, heads: HeadSlice | None = None) -> None:
+        """Plan copies from `source` to `target`, of whole pages or of these heads of them, and compile their kernels.
 
-        Call it when the pool is mapped, so that no request pays for it; a copy between pools that are not prepared
-        prepares them. Both are kept until `forget`. Raises `HandoffError` for pools of different geometry.
+        That takes seconds where they are not cached. Call it when the pool is mapped, so that no request pays for it; a
+        copy between pools that are not prepared prepares them. Both are kept until `forget`. Raises `HandoffError` for
+        pools of different geometry.
         """
         none = np.zeros(0, np.int32)
-        check_copy(source, target, none, none)
+        check_copy(source, target, none, none, heads)
         self._make_current()
-        self._copies[id(source), id(target)] = PlannedCopy(self._described(source), self._described(target))
+        pair = id(source), id(target)
+        self._views[pair] = source, target
+        if heads is None:
+            self._copies[pair] = PlannedCopy(self._pool(source), self._pool(target))
+        else:
+            self._copies[pair] = PlannedCopy(
+                self._pool(source, page_size=heads.page_size, heads=heads.source_heads),
+                self._pool(target, page_size=heads.page_size, heads=heads.target_heads),
+                source_head=heads.source_first,
+                target_head=heads.target_first,
+                head_count=heads.count,
+            )
         self._reserve(target.page_count)  # target pages are distinct
 
-    def __call__(self, source: PoolView, target: PoolView, source_pages: PageList, target_pages: PageList) -> None:
+    def __call__(
+        self,
+        source: PoolView,
+        target: PoolView,
+        source_pages: PageList,
+        target_pages: PageList,
+        heads: HeadSlice | None = None,
+    ) -> None:
         count = len(source_pages)
         if count == 0 or len(target_pages) != count or source_pages.dtype != np.int32 or target_pages.dtype != np.int32:
-            check_copy(source, target, source_pages, target_pages)
+            check_copy(source, target, source_pages, target_pages, heads)
             if count == 0:
                 return
         copy = self._copies.get((id(source), id(target)))
         if copy is None:
-            self.prepare(source, target)
+            self.prepare(source, target, heads)
             copy = self._copies[id(source), id(target)]
         if 2 * count > len(self._numbers):
             self._reserve(count)
@@ -65,7 +85,7 @@ class DeviceCopier:
         self._numbers[count : 2 * count] = target_pages
         # As unsigned numbers negative ones are the largest: one look at both lists, a closer one where it is needed.
         if np.maximum.reduce(self._unsigned[: 2 * count]) >= min(source.page_count, target.page_count):
-            check_copy(source, target, source_pages, target_pages)
+            check_copy(source, target, source_pages, target_pages, heads)
         if self._stream is None:
             copy(self._host_lists, count)
             return
@@ -80,20 +100,19 @@ class DeviceCopier:
 
     def forget(self, view: PoolView) -> None:
         """Drop what is kept about a pool that is not mapped any more."""
-        self._pools.pop(id(view), None)
-        self._copies = {pair: copy for pair, copy in self._copies.items() if id(view) not in pair}
+        for pair in [pair for pair in self._copies if id(view) in pair]:
+            del self._copies[pair], self._views[pair]
 
-    def _described(self, view: PoolView) -> KVPool:
-        if id(view) not in self._pools:
-            pool = KVPool(
-                addresses=tuple(int(address) for address in view.addresses),
-                row_bytes=tuple(int(size) for size in view.page_bytes),
-                page_size=1,
-                page_count=view.page_count,
-                device=self._device,
-            )
-            self._pools[id(view)] = (view, pool)  # with the view, so that its id stays its own
-        return self._pools[id(view)][1]
+    def _pool(self, view: PoolView, *, page_size: int = 1, heads: int = 1) -> KVPool:
+        """As the kernels see it; by default with a page for a row."""
+        return KVPool(
+            addresses=tuple(int(address) for address in view.addresses),
+            row_bytes=tuple(int(size) // page_size for size in view.page_bytes),
+            page_size=page_size,
+            page_count=view.page_count,
+            device=self._device,
+            heads=heads,
+        )
 
     def _reserve(self, count: int) -> None:
         """Have room for two page lists of `count` pages each."""

@@ -10,12 +10,15 @@ from sglang_prefillshare.errors import HandoffError
 class KVGeometry(msgspec.Struct, frozen=True):
     """One entry per buffer, K of layer 0..L-1 and then V of layer 0..L-1, as SGLang registers them.
 
-    `page_bytes[i]` is the size of one page in buffer i; `page_size` its length in tokens.
+    `page_bytes[i]` is the size of one page in buffer i; `page_size` its length in tokens. A token's row has `heads` KV
+    heads, of the `total_heads` that the model has over all tensor-parallel ranks.
     """
 
     page_size: int
     kv_dtype: str
     page_bytes: tuple[int, ...]
+    heads: int = 1
+    total_heads: int = 1
 
     @property
     def bytes_per_page(self) -> int:
@@ -31,9 +34,13 @@ class KVGeometry(msgspec.Struct, frozen=True):
                     f"{theirs} has {field} {found}, {mine} has {ours}. Start both with the same "
                     f"{'--page-size' if field == 'page_size' else '--dtype and --kv-cache-dtype'}."
                 )
-        if self.page_bytes != other.page_bytes:
+        if self._shape() != other._shape():
             raise HandoffError(
                 f"{theirs} keeps {len(other.page_bytes)} KV buffers of {sorted(set(other.page_bytes))} bytes per page, "
                 f"{mine} {len(self.page_bytes)} of {sorted(set(self.page_bytes))}: the models have different shapes. "
                 "A decode module must be fine-tuned from the base that prefills for it."
             )
+
+    def _shape(self) -> tuple[int, tuple[float, ...]]:
+        """What ranks of any width have in common: the heads in all, and the size of a page's part for one head."""
+        return self.total_heads, tuple(size / self.heads for size in self.page_bytes)

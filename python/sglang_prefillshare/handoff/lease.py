@@ -8,6 +8,9 @@ A room is one handoff. Its two halves may come in either order and may be given 
 before the other half is there is remembered for the half that comes late. Pages on loan stay as they are until decode
 has confirmed its copy, decode is gone, the loan is overdue, or prefill gives the room up, whichever comes first; the
 lease's word (`lease_table.py`) is zeroed before any of the last three lets go of a page.
+
+Where decode has more tensor-parallel ranks than prefill, several of them read one rank's room, each some of its heads:
+pages are lent to all at once, when the last has asked, and are on loan until the last has confirmed.
 """
 
 from __future__ import annotations
@@ -31,10 +34,11 @@ DecodeTarget = TypeVar("DecodeTarget")
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What a decode process asked for: so many pages of the room's KV."""
+    """What a decode process asked for: so many pages of the room's KV. It is one of `readers`."""
 
     session: str
     page_count: int
+    readers: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +52,18 @@ class Loan:
 @dataclass(slots=True)
 class _Room:
     is_open: bool = False
-    wanted: Wanted | None = None
+    wanted: dict[str, Wanted] = field(default_factory=dict)
+    confirmed: set[str] = field(default_factory=set)
     mark: LeaseMark | None = None
     lent_pages: int = 0
     on_loan_since: float | None = None
     is_confirmed: bool = False
     failure: str | None = None
+
+    @property
+    def is_asked_for(self) -> bool:
+        """By everybody who is to read it."""
+        return any(len(self.wanted) >= wanted.readers for wanted in self.wanted.values())
 
 
 class LeaseBook:
@@ -81,10 +91,18 @@ class LeaseBook:
         """Decode asks for a room. Returns why it is over already, if prefill gave it up before."""
         with self._lock:
             if (reason := self._ended.pop(room)) is not None:
+                if wanted.readers > 1:  # the others will ask, too
+                    self._ended.add(room, reason)
                 return reason
             entry = self._rooms.setdefault(room, _Room())
-            entry.wanted = wanted
+            entry.wanted[wanted.session] = wanted
             return entry.failure
+
+    def is_asked_for(self, room: int) -> bool:
+        """Whether everybody who is to read a room has asked for it."""
+        with self._lock:
+            entry = self._rooms.get(room)
+            return entry is not None and entry.is_asked_for
 
     def abandon(self, room: int, reason: str) -> bool:
         """Decode gives a room up. True if prefill has it open; else it is forgotten here, but for the reason."""
@@ -99,7 +117,7 @@ class LeaseBook:
     def leave(self, session: str, reason: str = "the decode worker died") -> tuple[list[int], list[int]]:
         """A decode process is gone. Its rooms that prefill has open, and those forgotten here, but for the reason."""
         with self._lock:
-            found = [room for room, entry in self._rooms.items() if entry.wanted and entry.wanted.session == session]
+            found = [room for room, entry in self._rooms.items() if session in entry.wanted]
             orphans = [room for room in found if not self._rooms[room].is_open]
             for room in orphans:
                 del self._rooms[room]
@@ -114,8 +132,10 @@ class LeaseBook:
 
     # ---- the loan --------------------------------------------------------------------------------------------------
 
-    def lend(self, room: int, *, first: int, page_count: int, is_last: bool) -> tuple[Wanted, LeaseMark] | None:
-        """Lend pages [first, first + page_count) of an open room; None if the room is over.
+    def lend(
+        self, room: int, *, first: int, page_count: int, is_last: bool
+    ) -> tuple[tuple[Wanted, ...], LeaseMark] | None:
+        """Lend pages [first, first + page_count) of an open room to all who asked; None if the room is over.
 
         Raises `HandoffError` if they are not the next ones, or not as many in all as decode made room for.
         """
@@ -123,30 +143,38 @@ class LeaseBook:
             entry = self._rooms.get(room)
             if entry is None or not entry.is_open or entry.failure is not None or entry.is_confirmed:
                 return None
-            if entry.wanted is None:
+            if not entry.is_asked_for:
                 raise HandoffError(f"room {room}: pages are lent to nobody; decode has not asked for them.")
             if first != entry.lent_pages or entry.on_loan_since is not None:
                 raise HandoffError(f"room {room}: pages from {first} on were lent, wanted from {entry.lent_pages} on.")
             total = first + page_count
-            if total > entry.wanted.page_count or (is_last and total != entry.wanted.page_count):
-                raise HandoffError(
-                    f"room {room}: prefill holds {total} pages of the prompt, decode made room for "
-                    f"{entry.wanted.page_count}. The two sides tokenized the prompt differently."
-                )
+            readers = tuple(entry.wanted.values())
+            for wanted in readers:
+                if total > wanted.page_count or (is_last and total != wanted.page_count):
+                    raise HandoffError(
+                        f"room {room}: prefill holds {total} pages of the prompt, decode made room for "
+                        f"{wanted.page_count}. The two sides tokenized the prompt differently."
+                    )
             if entry.mark is None:
                 entry.mark = self._table.grant()
             entry.lent_pages = total
             if is_last:
                 entry.on_loan_since = self._clock()
-            return entry.wanted, entry.mark
+            return readers, entry.mark
 
     def confirm(self, room: int, session: str) -> Loan | None:
-        """Decode has copied everything. None if the room is over, is not all lent, or is another decode process's."""
+        """A decode process has copied everything. The loan, if it was the last to do so.
+
+        None too if the room is over, is not all lent, or is another decode process's.
+        """
         with self._lock:
             entry = self._rooms.get(room)
             if entry is None or entry.failure is not None or entry.is_confirmed or entry.on_loan_since is None:
                 return None
-            if entry.wanted is None or entry.wanted.session != session:
+            if session not in entry.wanted:
+                return None
+            entry.confirmed.add(session)
+            if len(entry.confirmed) < len(entry.wanted):
                 return None
             entry.is_confirmed = True
             self._revoke(entry)
@@ -188,7 +216,7 @@ class LeaseBook:
             if entry is None:
                 return
             self._revoke(entry)
-            if entry.wanted is None:
+            if not entry.is_asked_for:
                 self._ended.add(room, entry.failure or reason)
 
     # ---- what is held ----------------------------------------------------------------------------------------------

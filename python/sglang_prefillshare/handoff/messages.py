@@ -18,8 +18,9 @@ import msgspec
 
 from sglang_prefillshare.errors import HandoffError
 from sglang_prefillshare.handoff.geometry import KVGeometry
+from sglang_prefillshare.handoff.ranks import Rank
 
-TAG: Final = b"PREFILLSHARE/3"
+TAG: Final = b"PREFILLSHARE/4"
 """Raised with every change of the messages: peers of two versions do not understand each other, and must not try."""
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -57,7 +58,10 @@ class CudaMemory(msgspec.Struct, tag=True, frozen=True):
 
 
 class Pool(msgspec.Struct, tag=True, frozen=True):
-    """Prefill's pool of `page_count` pages, and the region with the words of its leases, in process `pid`."""
+    """The pool of one rank of prefill, of `page_count` pages, and the region with the words of its leases.
+
+    Both are in process `pid`.
+    """
 
     bootstrap_addr: str
     pid: int
@@ -67,6 +71,7 @@ class Pool(msgspec.Struct, tag=True, frozen=True):
     page_count: Count
     geometry: KVGeometry
     memory: HostMemory | CudaMemory
+    rank: Rank
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):
@@ -75,12 +80,16 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
 
 
 class Want(msgspec.Struct, tag=True, frozen=True):
-    """`page_count` pages, after the first `prefix_tokens` tokens of the prompt, whose KV decode holds already."""
+    """`page_count` pages, after the first `prefix_tokens` tokens of the prompt, whose KV decode holds already.
+
+    `readers` ranks of decode want pages of this rank of prefill for the room, each some of its heads.
+    """
 
     room: int
     session: str
     page_count: Count
     prefix_tokens: Count
+    readers: Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Pages(msgspec.Struct, tag=True, frozen=True):

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang_prefillshare.errors import HandoffError
+from sglang_prefillshare.handoff.ranks import HeadSlice
 
 if TYPE_CHECKING:
     import torch
@@ -58,14 +59,21 @@ def check_pages(pages: PageList, page_count: int, *, whose: str) -> None:
         )
 
 
-def check_copy(source: PoolView, target: PoolView, source_pages: PageList, target_pages: PageList) -> None:
-    """Raise `HandoffError` unless these pages of these pools can be copied one onto the other."""
+def check_copy(
+    source: PoolView,
+    target: PoolView,
+    source_pages: PageList,
+    target_pages: PageList,
+    heads: HeadSlice | None = None,
+) -> None:
+    """Raise `HandoffError` unless these pages of these pools, or these heads of them, can be copied."""
     if len(source_pages) != len(target_pages):
         raise HandoffError(f"{len(source_pages)} source pages for {len(target_pages)} target pages.")
-    if not np.array_equal(source.page_bytes, target.page_bytes):
+    source_parts, target_parts = (1, 1) if heads is None else (heads.source_heads, heads.target_heads)
+    if not np.array_equal(source.page_bytes * target_parts, target.page_bytes * source_parts):
         raise HandoffError(
             f"source pages have {source.page_bytes.tolist()} bytes per buffer, target pages "
-            f"{target.page_bytes.tolist()}."
+            f"{target.page_bytes.tolist()}" + (f", for {source_parts} and {target_parts} heads." if heads else ".")
         )
     check_pages(source_pages, source.page_count, whose="the source")
     check_pages(target_pages, target.page_count, whose="the target")

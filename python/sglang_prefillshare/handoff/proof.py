@@ -42,6 +42,7 @@ from sglang_prefillshare.handoff.memory import (
 )
 from sglang_prefillshare.handoff.messages import CudaMemory, HostMemory, Pool
 from sglang_prefillshare.handoff.pool import PageList, PoolView
+from sglang_prefillshare.handoff.ranks import Rank
 
 PROOF_PAGE: Final = 0
 PEER_TIMEOUT_S: Final = 30.0
@@ -306,6 +307,7 @@ def _lend(question: Lend) -> tuple[Lent, Any]:
         page_count=1,
         geometry=geometry,
         memory=memory,
+        rank=Rank(),
     )
     return Lent(pool, content), view
 

@@ -10,7 +10,7 @@ import argparse
 import ipaddress
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -264,8 +264,6 @@ def _refuse_contradictions(role: Role, args: argparse.Namespace) -> None:
 
 def _refuse_backend(args: argparse.Namespace) -> None:
     backend = args.disaggregation_transfer_backend
-    if backend == BACKEND_NAME and args.tp_size > 1:
-        raise ConfigError(f"--tp-size {args.tp_size} cannot be used with the prefillshare backend yet. Choose nixl.")
     if backend == "fake":
         raise ConfigError("--disaggregation-transfer-backend fake moves no KV. Choose prefillshare or nixl.")
     refuse_allocator(backend, os.environ)
@@ -292,6 +290,18 @@ def _set_environment(args: argparse.Namespace) -> None:
         os.environ.setdefault("SGLANG_HOST_IP", "127.0.0.1")
     # A prefill leg whose decode leg never arrives holds its prompt until then; SGLang waits five minutes.
     os.environ.setdefault("SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT", "60")
+    if args.tp_size > 1 and (args.device == "cpu" or (args.device is None and _is_cpu_platform())):
+        # SGLang refuses more ranks than NUMA nodes, unless it is told which cores each may have.
+        os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", cores_of_ranks(os.sched_getaffinity(0), args.tp_size))
+
+
+def cores_of_ranks(cores: Collection[int], ranks: int) -> str:
+    """The machine's cores dealt out to ranks, as SGLang reads them: `0,1|2,3`. Where there are too few, they share."""
+    ordered = sorted(cores)
+    if len(ordered) < ranks:
+        return "|".join([",".join(map(str, ordered))] * ranks)
+    share = len(ordered) // ranks
+    return "|".join(",".join(map(str, ordered[rank * share : (rank + 1) * share])) for rank in range(ranks))
 
 
 def _is_loopback(host: str | None) -> bool:

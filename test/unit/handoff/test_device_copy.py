@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="waits for Triton: run `make setup`")
 from sglang_prefillshare.errors import HandoffError
 from sglang_prefillshare.handoff.device_copy import DeviceCopier
 from sglang_prefillshare.handoff.pool import PageList, PoolView
+from sglang_prefillshare.handoff.ranks import HeadSlice, Rank, slice_between
 from test.kernels.conftest import device  # noqa: F401 - a fixture
 
 
@@ -45,3 +46,30 @@ def test_a_page_that_is_not_there_is_refused_before_anything_is_written(device: 
     with pytest.raises(HandoffError, match=r"the source names page 1\.\.9 of a pool with 9 pages"):
         DeviceCopier(device)(PoolView.of_tensors(source), PoolView.of_tensors(target), pages(1, 9), pages(1, 2))
     assert all(torch.equal(found, wanted) for found, wanted in zip(target, before, strict=True))
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(Rank(1, 2), Rank()), (Rank(), Rank(1, 2))], ids=["2:1", "1:2"])
+def test_some_heads_of_a_row_move_and_the_others_stay(
+    prefill: Rank,
+    decode: Rank,
+    device: torch.device,  # noqa: F811
+) -> None:
+    """Of two heads, pages of four tokens: the second head of the wider side and the only one of the other."""
+    heads = slice_between(prefill, decode, total=2, page_size=4)
+    assert heads is not None
+
+    def rows(seed: int, count: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randint(256, (9, 4, count, 48), generator=generator, dtype=torch.uint8).to(device) for _ in "kv"]
+
+    source, target = rows(1, heads.source_heads), rows(2, heads.target_heads)
+    expected = [buffer.clone() for buffer in target]
+    for buffer, original in zip(expected, source, strict=True):
+        buffer[[1, 7], :, -1] = original[[5, 3], :, -1]
+    copy = DeviceCopier(device)
+    views = PoolView.of_tensors(source), PoolView.of_tensors(target)
+    copy.prepare(*views, heads)
+    copy(*views, pages(5, 3), pages(1, 7), heads)
+    assert all(torch.equal(found, wanted) for found, wanted in zip(target, expected, strict=True))
+    with pytest.raises(HandoffError, match="source pages have"):
+        copy.prepare(*views, HeadSlice(4, 2, 2, 0, 0, 1))

@@ -124,7 +124,7 @@ class AnyCourseOfEvents(RuleBasedStateMachine):
             return
         lent = self.book.lend(room, first=known.lent, page_count=page_count, is_last=is_last)
         assert lent is not None
-        wanted, mark = lent
+        (wanted,), mark = lent
         assert wanted == known.wanted
         assert mark == known.mark if known.mark else mark not in self.ends
         known.mark = mark
@@ -380,7 +380,7 @@ def test_a_handoff_goes_well_whoever_comes_first(
     for half in halves if who_comes_first == "prefill" else reversed(halves):
         assert half() is None
     first = book.lend(7, first=0, page_count=2, is_last=False)
-    assert first is not None and first[0] == WANTED and view.holds(first[1])
+    assert first is not None and first[0] == (WANTED,) and view.holds(first[1])
     assert book.pages_on_loan == 2
     clock.now += 3
     assert book.lend(7, first=2, page_count=3, is_last=True) == first
@@ -843,3 +843,46 @@ def test_no_write_ever_lands_in_pages_that_were_released() -> None:
             thread.join(DEADLINE_S)
     assert wrong == []
     assert rounds > 100 and min(stamped) > 100, (rounds, stamped)
+
+
+# ---- several ranks of decode read one rank of prefill ----------------------------------------------------------------
+
+TWO = (Wanted("ann", page_count=5, readers=2), Wanted("ben", page_count=5, readers=2))
+
+
+def test_pages_are_lent_when_the_last_reader_has_asked_and_are_back_when_the_last_has_confirmed(
+    book: LeaseBook, table: LeaseTable
+) -> None:
+    book.open(7)
+    assert book.want(7, TWO[0]) is None
+    assert not book.is_asked_for(7)
+    with pytest.raises(HandoffError, match="room 7: pages are lent to nobody"):
+        book.lend(7, first=0, page_count=5, is_last=True)
+    assert book.want(7, TWO[1]) is None
+    assert book.is_asked_for(7)
+    lent = book.lend(7, first=0, page_count=5, is_last=True)
+    assert lent is not None and lent[0] == TWO
+    view = LeaseView(table.handle)
+    assert book.confirm(7, "ann") is None and book.confirm(7, "ann") is None
+    assert view.holds(lent[1]) and book.pages_on_loan == 5
+    assert isinstance(book.confirm(7, "ben"), Loan)
+    assert not view.holds(lent[1]) and book.pages_on_loan == 0
+
+
+def test_readers_that_made_room_for_different_prompts_get_nothing(book: LeaseBook) -> None:
+    book.open(7)
+    book.want(7, TWO[0])
+    book.want(7, Wanted("ben", page_count=4, readers=2))
+    with pytest.raises(HandoffError, match="decode made room for 4"):
+        book.lend(7, first=0, page_count=5, is_last=True)
+
+
+def test_the_death_of_one_reader_ends_the_room_and_both_are_told_of_a_room_that_prefill_left(book: LeaseBook) -> None:
+    book.open(7)
+    book.want(7, TWO[0])
+    book.want(7, TWO[1])
+    assert book.leave("ben") == ([7], [])
+    book.open(8)
+    assert book.fail(8, "out of memory") is None
+    book.close(8, "left")
+    assert [book.want(8, wanted) for wanted in TWO] == ["out of memory", "out of memory"]

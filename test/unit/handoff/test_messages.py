@@ -180,7 +180,7 @@ def test_another_number_of_frames_is_refused(count: int) -> None:
         (b"PREFILLSHARE/2", "PREFILLSHARE/2"),
         (b"PREFILLSHARE/30", "PREFILLSHARE/30"),
         (b"PREFILLSHARE/", "PREFILLSHARE/"),
-        (b"PREFILLSHARE/3 ", "PREFILLSHARE/3 "),
+        (b"PREFILLSHARE/4 ", "PREFILLSHARE/4 "),
         (b"PREFILLSHARE/\xff", "PREFILLSHARE/\N{REPLACEMENT CHARACTER}"),
     ],
 )
@@ -188,7 +188,7 @@ def test_another_number_of_frames_is_refused(count: int) -> None:
 def test_a_peer_of_another_version_is_refused_by_both_versions_names(
     tag: bytes, name: str, payload_frames: int
 ) -> None:
-    message = f"a peer speaks {name}, this worker PREFILLSHARE/3. Run the same sglang-prefillshare version"
+    message = f"a peer speaks {name}, this worker PREFILLSHARE/4. Run the same sglang-prefillshare version"
     with pytest.raises(HandoffError, match=message):
         decode([tag, *([wire(example(messages.Pulled))[1]] * payload_frames)])
 

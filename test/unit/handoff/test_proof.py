@@ -24,6 +24,7 @@ from sglang_prefillshare.handoff.lease_table import create_lease_region
 from sglang_prefillshare.handoff.mapping import map_pool
 from sglang_prefillshare.handoff.memory import SharedRegion, process_start
 from sglang_prefillshare.handoff.pool import PageList, PoolView
+from sglang_prefillshare.handoff.ranks import Rank
 
 GEOMETRY = KVGeometry(page_size=4, kv_dtype="float32", page_bytes=(96, 4096, 96, 4096))
 PAGE_COUNT = 3
@@ -45,6 +46,7 @@ def pool() -> tuple[messages.Pool, PoolView]:
         page_count=PAGE_COUNT,
         geometry=GEOMETRY,
         memory=messages.HostMemory(region.handle.fd, region.handle.size, offsets),
+        rank=Rank(),
     )
     view = PoolView.at([region.address + at for at in offsets], GEOMETRY.page_bytes, PAGE_COUNT, owner=region)
     return offer, view
@@ -140,11 +142,12 @@ from sglang_prefillshare.handoff.geometry import KVGeometry
 from sglang_prefillshare.handoff.lease_table import create_lease_region
 from sglang_prefillshare.handoff.memory import SharedRegion, process_start
 from sglang_prefillshare.handoff.pool import PoolView
+from sglang_prefillshare.handoff.ranks import Rank
 try:
     region, leases = SharedRegion.create(4096, name="kv"), create_lease_region().handle
     memory, geometry = messages.HostMemory(region.handle.fd, 4096, (0,)), KVGeometry(1, "float32", (96,))
     offer = messages.Pool(
-        "", os.getpid(), process_start("self"), leases.fd, leases.size, 1, geometry, memory
+        "", os.getpid(), process_start("self"), leases.fd, leases.size, 1, geometry, memory, Rank()
     )
     proof.prove_lending(offer, PoolView.at([region.address], (96,), 1, owner=region), device=None)
     print("proved")

@@ -49,6 +49,8 @@ class IdleWaiter:
                 self._poller.register(socket, zmq.POLLIN)
         self._poller.register(wakeup.wakeup_fd(), zmq.POLLIN)
         self._next_housekeeping = 0.0
+        self._is_led = scheduler.ipc_channels.recv_from_tokenizer is None
+        """Rank 0 hears the requests: this one waits for it in SGLang's broadcast, and must not keep it waiting."""
 
     def wait(self, housekeeping: Callable[[Any], None]) -> None:
         """Run SGLang's idle housekeeping when it is due, then block until there may be something to do."""
@@ -58,7 +60,8 @@ class IdleWaiter:
         if not is_idle or now >= self._next_housekeeping:
             housekeeping(scheduler)
             self._next_housekeeping = now + IDLE_POLL_MS / 1000
-        self._poller.poll(IDLE_POLL_MS if is_idle else self._pending_poll_ms())
+        if not self._is_led:
+            self._poller.poll(IDLE_POLL_MS if is_idle else self._pending_poll_ms())
         wakeup.drain()
 
     def _pending_poll_ms(self) -> int:

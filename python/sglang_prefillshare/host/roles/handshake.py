@@ -19,7 +19,8 @@ LAYOUT_PREFIX = "prefillshare:"
 def init_kv_manager(original: Callable[..., Any], self: Any) -> Any:
     """Hook on both queues' `_init_kv_manager`: put the fingerprint where SGLang puts the KV layout.
 
-    Our own backend's manager learns meanwhile where the pool is: nothing that SGLang passes it says so.
+    Our own backend's manager learns meanwhile where the pool is and which heads it holds: nothing that SGLang passes
+    it says so on both sides.
     """
     from sglang.srt.disaggregation import decode, prefill
 
@@ -29,7 +30,8 @@ def init_kv_manager(original: Callable[..., Any], self: Any) -> Any:
     for module in modules:
         module.get_pd_kv_layout = lambda _pool: layout
     try:
-        with pool_device.stated_by(self.token_to_kv_pool):
+        total_heads = self.scheduler.model_config.get_total_num_kv_heads()
+        with pool_device.stated_by(self.token_to_kv_pool, total_heads=total_heads):
             return original(self)
     finally:
         for module, function in zip(modules, kept, strict=True):

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from sglang_prefillshare.handoff.lease_table import LeaseMark, LeaseView
 from sglang_prefillshare.handoff.mapping import map_pool
 from sglang_prefillshare.handoff.memory import RegionHandle, process_start, watch_process
 from sglang_prefillshare.handoff.pool import PageList, PoolView
+from sglang_prefillshare.handoff.ranks import HeadSlice, slice_between
 from sglang_prefillshare.host.transfer import metrics as handoff_metrics
 from sglang_prefillshare.host.transfer.manager import PrefillShareKVManager
 
@@ -33,16 +34,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-Copy = Callable[[PoolView, PoolView, PageList, PageList], None]
-"""Copies pages of a mapped pool into pages of this worker's; what was copied is there when it returns."""
+Copy = Callable[[PoolView, PoolView, PageList, PageList, HeadSlice | None], None]
+"""Copies pages of a mapped pool, or heads of them, into pages of this worker's; all is there when it returns."""
 
 
 @dataclass(frozen=True, slots=True)
 class _PrefillPool:
-    """A prefill worker's KV pool and lease words, as mapped into this process."""
+    """The KV pool and lease words of one rank of a prefill worker, as mapped into this process.
+
+    `heads` are those that this rank takes of it; None where pages move whole.
+    """
 
     view: PoolView
     leases: LeaseView
+    rank: int
+    heads: HeadSlice | None
 
 
 @dataclass(slots=True)
@@ -51,10 +57,14 @@ class _Target:
 
     pages: PageList
     metadata_index: int
-    prefill: tuple[str, int]
+    prefill: Mapping[int, tuple[str, int]]
+    """The ranks of prefill that it comes from, and where each listens."""
     ready: Any
     """A CUDA event after which nothing older writes into the pages any more; None in host memory."""
-    copied: int = 0
+    copied: dict[int, int]
+    """How many pages have come from each rank."""
+    missing: set[int]
+    """The ranks whose part is not all here."""
 
 
 class DecodeKVManager(PrefillShareKVManager):
@@ -106,7 +116,12 @@ class DecodeKVManager(PrefillShareKVManager):
         leases = RegionHandle(message.pid, message.started, message.lease_fd, message.lease_bytes)
         if message.pid in self._pools:
             return  # it introduced itself before; a process has one pool for its lifetime
-        self._pools[message.pid] = _PrefillPool(map_pool(message, device=self.cuda_index), LeaseView(leases))
+        total, page_size = self.geometry.total_heads, self.geometry.page_size
+        heads = slice_between(message.rank, self.rank, total=total, page_size=page_size)
+        view = map_pool(message, device=self.cuda_index)
+        if self._device_copier is not None:
+            self._device_copier.prepare(view, self.pool, heads)
+        self._pools[message.pid] = _PrefillPool(view, LeaseView(leases), message.rank.index, heads)
 
     def _refuse(self, bootstrap_addr: str, reason: str) -> None:
         """Fail every request that waits for this prefill worker, and forget it, so that the next one asks anew."""
@@ -131,19 +146,21 @@ class DecodeKVManager(PrefillShareKVManager):
             with self.claims.writing(room) as target:
                 if target is None:
                     return  # given up meanwhile; prefill has been told
-                if message.first != target.copied:
-                    raise HandoffError(f"prefill lends pages from {message.first} on, wanted from {target.copied} on.")
+                prefill, copied = target.prefill.get(pool.rank), target.copied.get(pool.rank)
+                if prefill is None or copied is None:
+                    raise HandoffError(f"rank {pool.rank} of prefill was asked for nothing.")
+                if message.first != copied:
+                    raise HandoffError(f"prefill lends pages from {message.first} on, wanted from {copied} on.")
                 onto = target.pages[message.first : message.first + len(pages)]
                 if target.ready is not None:
                     target.ready.synchronize()
-                self._copy(pool.view, self.pool, pages, onto)
-                target.copied += len(pages)
+                self._copy(pool.view, self.pool, pages, onto, pool.heads)
+                target.copied[pool.rank] = copied = copied + len(pages)
                 if message.metadata is not None:
-                    if target.copied != len(target.pages):
-                        raise HandoffError(f"prefill lent {target.copied} pages, wanted {len(target.pages)}.")
+                    if copied != len(target.pages):
+                        raise HandoffError(f"prefill lent {copied} pages, wanted {len(target.pages)}.")
                     self._write_metadata(target.metadata_index, message.metadata)
                     self._lent_at_ns[room] = message.sent_ns
-                prefill = target.prefill
             if not is_last:
                 return
             if not pool.leases.holds(LeaseMark(message.lease_slot, message.lease_number)):
@@ -155,7 +172,9 @@ class DecodeKVManager(PrefillShareKVManager):
             logger.exception("Copying the KV of room %s failed", room)
             self.fail_room(room, f"the copy failed: {error}")
             return
-        self.update_status(room, KVPoll.Success)
+        target.missing.discard(pool.rank)
+        if not target.missing:
+            self.update_status(room, KVPoll.Success)
         self.send(*prefill, messages.Pulled(room=room, session=self.session))
 
     def _write_metadata(self, index: int, rows: tuple[bytes, ...]) -> None:
@@ -197,7 +216,7 @@ class DecodeKVManager(PrefillShareKVManager):
         LeaseView(RegionHandle(lent.pid, lent.started, lent.lease_fd, lent.lease_bytes))
         view = map_pool(lent, device=self.cuda_index)
         try:
-            self._copy(view, self.pool, source_pages, target_pages)
+            self._copy(view, self.pool, source_pages, target_pages, None)
             yield
         finally:
             self._unmap(view)
@@ -220,14 +239,33 @@ class DecodeKVManager(PrefillShareKVManager):
         )
 
     def want(
-        self, room: int, pages: PageList, *, metadata_index: int, prefix_tokens: int, prefill: tuple[str, int]
+        self,
+        room: int,
+        pages: PageList,
+        *,
+        metadata_index: int,
+        prefix_tokens: int,
+        prefill: Mapping[int, tuple[str, int]],
+        readers: int,
     ) -> list[bytes]:
-        """Claim `pages` for a room and return the frames that ask for its KV."""
+        """Claim `pages` for a room and return the frames that ask for its KV, as one of `readers` of every rank.
+
+        `prefill` says where the ranks listen that it comes from.
+        """
         ready = self.forward_stream.record_event() if self.forward_stream is not None else None
-        self.claims.claim(room, _Target(pages.astype(np.int32), metadata_index, prefill, ready))
+        copied = dict.fromkeys(prefill, 0)
+        self.claims.claim(
+            room, _Target(pages.astype(np.int32), metadata_index, prefill, ready, copied, missing=set(prefill))
+        )
         self._count_pages()
         return messages.encode(
-            messages.Want(room=room, session=self.session, page_count=len(pages), prefix_tokens=prefix_tokens)
+            messages.Want(
+                room=room,
+                session=self.session,
+                page_count=len(pages),
+                prefix_tokens=prefix_tokens,
+                readers=readers,
+            )
         )
 
     def take_handoff_s(self, room: int) -> float | None:
@@ -271,15 +309,21 @@ class PrefillShareKVReceiver(CommonKVReceiver):
             self.kv_mgr.record_failure(self.bootstrap_room, f"prefill worker {self.bootstrap_addr} is not reachable")
             self.kv_mgr.update_status(self.bootstrap_room, KVPoll.Failed)
             return
-        info = self.bootstrap_infos[0]
         frames = self.kv_mgr.want(
             self.bootstrap_room,
             np.asarray(kv_indices),
             metadata_index=int(aux_index or 0),
             prefix_tokens=decode_prefix_len or 0,
-            prefill=(info["rank_ip"], int(info["rank_port"])),
+            prefill={
+                rank: (info["rank_ip"], int(info["rank_port"]))
+                for rank, info in zip(self.target_tp_ranks, self.bootstrap_infos, strict=True)
+            },
+            readers=self.required_dst_info_num,
         )
-        if self._send_bootstrap_message(bootstrap_info=info, message=frames, operation="send_metadata"):
+        if all(
+            self._send_bootstrap_message(bootstrap_info=info, message=frames, operation="send_metadata")
+            for info in self.bootstrap_infos
+        ):
             self.init_time = time.time()
         else:
             self.invalidate_cached_bootstrap_infos()

@@ -32,8 +32,9 @@ from sglang_prefillshare.handoff import cuda_memory, messages
 from sglang_prefillshare.handoff.geometry import KVGeometry
 from sglang_prefillshare.handoff.memory import memory_space, watch_process
 from sglang_prefillshare.handoff.pool import PoolView
+from sglang_prefillshare.handoff.ranks import Rank
 from sglang_prefillshare.host.transfer import wakeup
-from sglang_prefillshare.host.transfer.pool_device import pool_device
+from sglang_prefillshare.host.transfer.pool_device import pool_device, pool_heads
 
 logger = logging.getLogger(__name__)
 
@@ -68,8 +69,13 @@ class PrefillShareKVManager(CommonKVManager):
         self.fingerprint = str(args.kv_layout or "")
         self.device = pool_device()
         """Where the pool is."""
+        heads, total_heads = pool_heads()
         self.geometry = KVGeometry(
-            page_size=args.page_size, kv_dtype=str(args.kv_cache_dtype_str), page_bytes=tuple(args.kv_item_lens)
+            page_size=args.page_size,
+            kv_dtype=str(args.kv_cache_dtype_str),
+            page_bytes=tuple(args.kv_item_lens),
+            heads=heads,
+            total_heads=total_heads,
         )
         self.pool = PoolView.at(
             args.kv_data_ptrs, args.kv_item_lens, args.kv_data_lens[0] // args.kv_item_lens[0], owner=None
@@ -77,6 +83,7 @@ class PrefillShareKVManager(CommonKVManager):
         self._watched: dict[int, _Watched] = {}
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
         self.enable_staging = False
+        self.rank = Rank(self.attn_tp_rank, self.attn_tp_size)
         self.metadata = [
             _bytes_at(pointer, length).reshape(length // row, row)
             for pointer, length, row in zip(args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens, strict=True)

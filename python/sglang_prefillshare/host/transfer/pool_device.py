@@ -1,8 +1,8 @@
-"""Where this worker's KV pool lies: its tensors say so, and nothing else does.
+"""Where this worker's KV pool lies and which heads it holds: the pool says so, and nothing else does on both sides.
 
 SGLang hands a backend's manager the pool's addresses, without a device, and settings that a user may have left open
 (`ServerArgs.device` is None then: what a worker resolves it to lives elsewhere). So the hook that surrounds the
-manager's construction, which has the pool at hand, states the device for that time, and the manager takes it from here.
+manager's construction, which has the pool at hand, states both for that time, and the manager takes them from here.
 """
 
 from __future__ import annotations
@@ -18,17 +18,28 @@ if TYPE_CHECKING:
     import torch
 
 _device: ContextVar[torch.device | None] = ContextVar("prefillshare_pool_device", default=None)
+_heads: ContextVar[tuple[int, int]] = ContextVar("prefillshare_pool_heads", default=(1, 1))
 
 
 @contextmanager
-def stated_by(pool: Any) -> Iterator[None]:
-    """While the block runs, `pool_device()` is where this pool's K and V are."""
+def stated_by(pool: Any, *, total_heads: int) -> Iterator[None]:
+    """While the block runs, `pool_device()` is where this pool's K and V are, and `pool_heads()` what they hold.
+
+    The model has `total_heads` KV heads over all tensor-parallel ranks.
+    """
     places = {buffer.device for buffer in (*getattr(pool, "k_buffer", ()), *getattr(pool, "v_buffer", ()))}
-    token = _device.set(places.pop() if len(places) == 1 else None)
+    device = _device.set(places.pop() if len(places) == 1 else None)
+    heads = _heads.set((getattr(pool, "head_num", total_heads), total_heads))
     try:
         yield
     finally:
-        _device.reset(token)
+        _heads.reset(heads)
+        _device.reset(device)
+
+
+def pool_heads() -> tuple[int, int]:
+    """The KV heads of a row of this rank's pool, and those of the model."""
+    return _heads.get()
 
 
 def pool_device() -> torch.device:

@@ -112,6 +112,7 @@ class PrefillKVManager(PrefillShareKVManager):
             page_count=self.pool.page_count,
             geometry=self.geometry,
             memory=self._cuda_memory() if self.on_cuda else self._host_memory(),
+            rank=self.rank,
         )
 
     def _host_memory(self) -> messages.HostMemory:
@@ -139,7 +140,7 @@ class PrefillKVManager(PrefillShareKVManager):
         if peer is None:
             logger.warning("Room %s is wanted by an unregistered decode worker", message.room)
             return
-        wanted = Wanted(message.session, message.page_count)
+        wanted = Wanted(message.session, message.page_count, message.readers)
         if (reason := self.leases.want(message.room, wanted)) is not None:
             self.send_kv_status_message(
                 targets=[(peer.host, peer.port)],
@@ -148,9 +149,11 @@ class PrefillKVManager(PrefillShareKVManager):
                 failure_reason=reason,
             )
             return
-        self.transfer_infos[message.room] = {message.session: _Listener(peer.host, peer.port)}
+        listeners = self.transfer_infos.setdefault(message.room, {})
+        listeners[message.session] = _Listener(peer.host, peer.port, required_dst_info_num=message.readers)
         self.req_to_decode_prefix_len[message.room] = message.prefix_tokens
-        self.update_status(message.room, KVPoll.WaitingForInput)
+        if self.leases.is_asked_for(message.room):
+            self.update_status(message.room, KVPoll.WaitingForInput)
 
     def handle_frames(self, frames: list[bytes]) -> None:
         notification = AbortNotification.from_zmq(frames) if frames and frames[0] == ABORT_TAG else None
@@ -235,25 +238,23 @@ class PrefillKVManager(PrefillShareKVManager):
             lent = self.leases.lend(room, first=place.start, page_count=place.stop - place.start, is_last=is_last)
             if lent is None:
                 return
-            wanted, mark = lent
+            readers, mark = lent
             handoff_metrics.set_pages("prefill", self.leases.pages_on_loan)
-            peer = self._peers.get(wanted.session)
-            if peer is None:
-                raise HandoffError("the decode worker died")
-            self.send(
-                peer.host,
-                peer.port,
-                messages.Pages(
-                    room=room,
-                    pid=os.getpid(),
-                    first=place.start,
-                    pages=pages,
-                    lease_slot=mark.slot,
-                    lease_number=mark.number,
-                    sent_ns=time.monotonic_ns(),
-                    metadata=metadata,
-                ),
+            lent_pages = messages.Pages(
+                room=room,
+                pid=os.getpid(),
+                first=place.start,
+                pages=pages,
+                lease_slot=mark.slot,
+                lease_number=mark.number,
+                sent_ns=time.monotonic_ns(),
+                metadata=metadata,
             )
+            for reader in readers:
+                peer = self._peers.get(reader.session)
+                if peer is None:
+                    raise HandoffError("the decode worker died")
+                self.send(peer.host, peer.port, lent_pages)
         except (HandoffError, zmq.ZMQError) as error:
             self.conclude_failure(bootstrap_room=room, failure_reason=str(error))
 

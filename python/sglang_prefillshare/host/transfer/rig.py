@@ -367,7 +367,7 @@ def _make_manager(role: Role, backend: str, shape: PoolShape, pool: Any, metadat
     args.aux_data_ptrs, args.aux_data_lens, args.aux_item_lens = metadata.get_buf_infos()
     setup_state_kv_args(args, pool, None, shape.layers)
     manager_class = backend_class(backend, "MANAGER")
-    with pool_device.stated_by(pool):
+    with pool_device.stated_by(pool, total_heads=shape.kv_heads):
         return manager_class(args, DisaggregationMode(role.value), get_server_args(), False)
 
 
