@@ -14,11 +14,13 @@
     args: {dtype: bfloat16}           # for every worker; a worker's own args win, and `null` there takes one out
     env: {HF_HUB_OFFLINE: 1}          # for every worker, likewise
 
-With `unified: true` base and modules are one server, at the router's `host` and `port`; modules are LoRA adapters then:
+Modules that are LoRA adapters of the base share one decode worker, which is started as the base's are:
 
-    unified: true
     decode:
       - {name: coder, adapter: ./adapters/coder}
+      - {name: planner, adapter: ./adapters/planner}
+
+With `unified: true` that and the base are one server, at the router's `host` and `port`, and all modules are adapters.
 
 `args` holds flags of `sglang.launch_server` (for `router`: of `prefillshare route`) without their dashes. `true` is a
 switch, a list gives one flag several values, a mapping is passed as JSON, and `false` or `null` leaves the flag
@@ -42,7 +44,7 @@ from sglang_prefillshare.errors import ConfigError
 ArgValue = bool | int | float | str | None | tuple[str, ...]
 T = TypeVar("T")
 
-RESERVED_NAMES: Final = frozenset({"base", "router"})
+RESERVED_NAMES: Final = frozenset({"adapters", "base", "router"})
 """Names that logs and status give to our own processes."""
 
 WORKER_FLAGS_OF_UP: Final = frozenset(
@@ -110,7 +112,7 @@ class DecodeModule:
 
 @dataclass(frozen=True, slots=True)
 class AdapterModule:
-    """A decode module of a unified server: the name that clients ask for, and the folder of its LoRA adapter."""
+    """A decode module on the base's own weights: the name that clients ask for, and the folder of its LoRA adapter."""
 
     name: str
     folder: str
@@ -148,7 +150,8 @@ class RouterSettings:
 class Topology:
     """One base, the decode modules that read its KV, and the router before them. `args` and `env` are all workers'.
 
-    With `adapters` there is one server instead, which is all of it, where `router` says.
+    `adapters` share one decode worker, which is started as the base's are. With `is_unified` there is one server
+    instead of everything, where `router` says.
     """
 
     base: WorkerSettings
@@ -157,12 +160,18 @@ class Topology:
     args: Mapping[str, ArgValue] = field(default_factory=dict)
     env: Mapping[str, str | None] = field(default_factory=dict)
     adapters: tuple[AdapterModule, ...] = ()
+    is_unified: bool = False
 
     def __post_init__(self) -> None:
         _check_flags(self.args, WORKER_FLAGS_OF_UP, "sglang.launch_server")
         if not self.decode and not self.adapters:
             raise ConfigError("decode is empty, wanted at least one decode module.")
-        if self.adapters and (self.base.workers > 1 or self.router.args):
+        if self.is_unified and self.decode:
+            raise ConfigError(
+                f"the modules of a unified server are adapters, and {self.decode[0].name} has a model of its own. "
+                "Give it an adapter, or leave out unified."
+            )
+        if self.is_unified and (self.base.workers > 1 or self.router.args):
             raise ConfigError(
                 "a unified server is one process: several workers of the base, and args of the router, have no place "
                 "in it. Leave them out, or unified."
@@ -302,13 +311,19 @@ class _Parser:
         if not isinstance(decode, yaml.SequenceNode):
             raise self._error(decode, f"decode is {self._kind(decode)}, wanted a list of decode modules.")
         is_unified = self._bool(keys["unified"], "unified") if "unified" in keys else False
+
+        def is_adapter(node: yaml.Node) -> bool:
+            keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+            return "adapter" in keys or (is_unified and "model" not in keys)
+
         places = [(node, f"decode[{index}]") for index, node in enumerate(decode.value)]
         return self._build(
             root,
             Topology,
             base=self._settings(keys["base"], "base"),
-            decode=() if is_unified else tuple(self._module(node, where) for node, where in places),
-            adapters=tuple(self._adapter(node, where) for node, where in places) if is_unified else (),
+            decode=tuple(self._module(node, where) for node, where in places if not is_adapter(node)),
+            adapters=tuple(self._adapter(node, where) for node, where in places if is_adapter(node)),
+            is_unified=is_unified,
             router=self._router(keys["router"]) if "router" in keys else RouterSettings(),
             args=self._shared_args(keys["args"]) if "args" in keys else {},
             env=self._env(keys["env"], "env") if "env" in keys else {},

@@ -40,6 +40,7 @@ WORKER_HOST: Final = "127.0.0.1"
 BASE_NAME: Final = "base"
 ROUTER_NAME: Final = "router"
 UNIFIED_NAME: Final = "unified"
+ADAPTERS_NAME: Final = "adapters"
 
 CPU_ENV: Final[Mapping[str, str]] = {
     "OMP_NUM_THREADS": "1",
@@ -103,6 +104,8 @@ class WorkerPlan:
     env: Mapping[str, str]
     ready_paths: tuple[str, ...]
     api_key: str | None = field(default=None, repr=False)
+    adapters: tuple[str, ...] = ()
+    """The modules of a decode worker that serves several."""
 
     @property
     def url(self) -> str:
@@ -164,6 +167,7 @@ class Worker:
             "name": self.name,
             "role": self.plan.role,
             "module": self.plan.module,
+            "adapters": list(self.plan.adapters),
             "url": self.url,
             "pid": self.pid,
             "bootstrap_port": self.plan.bootstrap_port,
@@ -267,7 +271,7 @@ class Deployment:
     @property
     def url(self) -> str:
         """Where clients ask: the router's, or the unified server's."""
-        return self.workers[0].url if self._topology.adapters else self.router_url
+        return self.workers[0].url if self._topology.is_unified else self.router_url
 
     def worker(self, name: str) -> Worker:
         """The worker of this name: `base` or `base.0`, a decode module's name or `coder.1`."""
@@ -311,7 +315,7 @@ class Deployment:
 
     def _plan(self) -> tuple[list[WorkerPlan], WorkerPlan | None]:
         """What to run; without a router if a subclass says so."""
-        if self._topology.adapters:
+        if self._topology.is_unified:
             return [
                 plan_unified(
                     self._topology,
@@ -572,7 +576,32 @@ def plan_topology(
                     environ=environ,
                 )
             )
+    if topology.adapters:
+        plan = plan_worker(
+            topology,
+            replace(topology.base, workers=1),
+            name=ADAPTERS_NAME,
+            role=Role.DECODE,
+            module=ADAPTERS_NAME,
+            own_args={
+                "prefill-share-role": Role.DECODE.value,
+                "prefill-share-base": topology.base.model,
+                "served-model-name": BASE_NAME,
+                "lora-paths": _lora_paths(topology),
+            },
+            ready_paths=(WORKER_INFO_PATH, "/health"),
+            index=0,
+            ports=ports,
+            options=options,
+            is_cpu_host=is_cpu_host,
+            environ=environ,
+        )
+        plans.append(replace(plan, adapters=tuple(adapter.name for adapter in topology.adapters)))
     return plans, plan_router(topology, plans, ports=ports, options=options, environ=environ)
+
+
+def _lora_paths(topology: Topology) -> tuple[str, ...]:
+    return tuple(f"{adapter.name}={adapter.folder}" for adapter in topology.adapters)
 
 
 def plan_unified(
@@ -596,7 +625,7 @@ def plan_unified(
             "port": port,
             "prefill-share-role": Role.UNIFIED.value,
             "served-model-name": BASE_NAME,
-            "lora-paths": tuple(f"{adapter.name}={adapter.folder}" for adapter in topology.adapters),
+            "lora-paths": _lora_paths(topology),
         },
         ready_paths=(WORKER_INFO_PATH, "/health"),
         index=0,
@@ -710,7 +739,9 @@ def plan_router(
     command = [*options.router_command, "--host", router.host, "--port", str(port)]
     for worker in workers:
         flag = "--prefill" if worker.role is Role.PREFILL else "--decode"
-        command += [flag, worker.url if worker.module is None else f"{worker.module}={worker.url}"]
+        names = worker.adapters or (worker.module,)
+        for name in names:
+            command += [flag, worker.url if name is None else f"{name}={worker.url}"]
     api_key = next((worker.api_key for worker in workers if worker.api_key is not None), None)
     return WorkerPlan(
         name=ROUTER_NAME,

@@ -73,6 +73,9 @@ class WorkerInfo:
     gpus_in_reach: dict[str, bool] | None = None
     """Of each GPU that this worker sees, by UUID, whether its own can read from it."""
 
+    modules: list[str] | None = None
+    """The decode modules that it serves as adapters, by name; None where it serves `model`."""
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

@@ -35,6 +35,8 @@ class RoleSettings:
     transfer_backend: str
     lease_timeout_s: float = DEFAULT_LEASE_TIMEOUT_S
     """How long prefill keeps pages for a decode worker that does not confirm its copy."""
+    adapters: bool = False
+    """Whether its decode modules are LoRA adapters on the base, which it serves by name."""
 
     @property
     def shares_kv_pool(self) -> bool:

@@ -77,7 +77,7 @@ def test_its_adapter_answers_the_same_in_one_server(trained: tuple[Path, Path]) 
     oracle = Oracle(base, planner)
     prompts = [clear_prompt(oracle, length, NEW_TOKENS, seed=60 + length) for length in (2, 30, 180)]
     adapter = AdapterModule("planner", str(planner.with_name("adapter")))
-    described = Topology(WorkerSettings(str(base), args=WORKER_ARGS), (), adapters=(adapter,))
+    described = Topology(WorkerSettings(str(base), args=WORKER_ARGS), (), adapters=(adapter,), is_unified=True)
 
     async def run(url: str) -> list[list[int]]:
         async with session() as client:

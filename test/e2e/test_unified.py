@@ -61,7 +61,9 @@ def unified(
     env = {"SGLANG_TEST_RETRACT": "1"}
     if page_size == 1:
         modules = tuple(AdapterModule(name, str(folder)) for name, folder in adapters.items())
-        described = Topology(WorkerSettings(str(models.base), args=WORKER_ARGS | args, env=env), (), adapters=modules)
+        described = Topology(
+            WorkerSettings(str(models.base), args=WORKER_ARGS | args, env=env), (), adapters=modules, is_unified=True
+        )
         with deploy(described) as deployment:
             yield Unified(deployment.url, page_size, oracles)
         return

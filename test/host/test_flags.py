@@ -94,7 +94,7 @@ REFUSED = {
     ),
     "lease timeout without role": ("- base --prefill-share-lease-timeout 9", "need --prefill-share-role"),
     "adapters on a decode worker": (
-        "decode coder --prefill-share-base base --lora-paths a=adapter", "--prefill-share-role unified",
+        "decode coder --prefill-share-base base --lora-paths a=adapter", "Serve the base itself with its adapters",
     ),
     "unified without modules": ("unified base", "needs --lora-paths"),
     "a name twice": ("unified base --lora-paths a=adapter a=adapter", "names 'a' more than once"),

@@ -152,9 +152,9 @@ ADAPTERS = "decode: [{name: a, adapter: m}]"
         (f"base: {{model: m}}\nunified: 1\n{ADAPTERS}", "t.yaml:2: unified is '1', wanted true or false"),
         (
             f"base: {{model: m}}\nunified: true\n{DECODE}",
-            r"decode\[0\] has an unknown key 'model', wanted adapter, name",
+            "the modules of a unified server are adapters, and a has a model of its own",
         ),
-        (f"base: {{model: m}}\n{ADAPTERS}", r"decode\[0\] has an unknown key 'adapter'"),
+        ("base: {model: m}\ndecode: [{name: a, adapter: m, model: m}]", r"decode\[0\] has an unknown key 'model'"),
         (f"base: {{model: m, workers: 2}}\nunified: true\n{ADAPTERS}", "a unified server is one process"),
         ("base: {model: m}\nunified: true\ndecode: []", "decode is empty"),
         (

@@ -312,6 +312,22 @@ def test_a_unified_server_is_one_process_where_the_router_would_be(tmp_path: Pat
         assert command[command.index("--port") + 1] == str(worker.plan.port)
 
 
+def test_modules_that_are_adapters_share_one_decode_worker(tmp_path: Path, mark: str) -> None:
+    adapters = [{"name": name, "adapter": "model"} for name in ("planner", "coder")]
+    topology = fake_topology(tmp_path, mark, decode=[*adapters, {"name": "reviewer", "model": "model"}])
+    with Deployment(topology, options=fake_options()) as deployment:
+        assert [worker.name for worker in deployment.workers] == ["base", "reviewer", "adapters"]
+        worker = deployment.worker("adapters")
+        command, folder = worker.plan.command, tmp_path / "model"
+        start = command.index("--lora-paths")
+        assert command[start + 1 : start + 3] == (f"planner={folder}", f"coder={folder}")
+        assert command[command.index("--prefill-share-base") + 1] == command[command.index("--model-path") + 1]
+        assert deployment.describe()["workers"][-1]["adapters"] == ["planner", "coder"]
+        assert deployment.router is not None
+        named = [word for word in deployment.router.plan.command if word.endswith(f"={worker.url}")]
+        assert named == [f"planner={worker.url}", f"coder={worker.url}"]
+
+
 def test_two_deployments_stand_side_by_side(tmp_path: Path, mark: str) -> None:
     topology = fake_topology(tmp_path, mark)
     with (

@@ -182,9 +182,10 @@ def _implied(role: Role, args: argparse.Namespace, *, on_cpu: bool) -> dict[str,
         implied["disaggregation_decode_enable_radix_cache"] = True  # incremental handoff: base KV stays on decode
     if role is Role.DECODE and on_cpu:
         implied["disaggregation_decode_retraction_backup"] = "cpu_tensor"
-    if role is Role.UNIFIED:
+    has_adapters = role is Role.UNIFIED or (role is Role.DECODE and bool(args.lora_paths))
+    if has_adapters:
         implied["enable_lora"] = True
-    if role is Role.UNIFIED and on_cpu:
+    if has_adapters and on_cpu:
         implied["lora_backend"] = "torch_native"
     if role is not Role.PREFILL:
         implied["enable_cache_report"] = True  # usage.prompt_tokens_details.cached_tokens: what sharing saved
@@ -196,10 +197,7 @@ _OF_A_BASE: Final[dict[str, tuple[Any, str]]] = {
     "quantization": (None, "it would compute another KV than the base has under its identity"),
     "json_model_override_args": ("{}", "it would compute another KV than the base has under its identity"),
 }
-_WITHOUT_ADAPTERS: Final[dict[str, tuple[Any, str]]] = {
-    name: (None, "serve adapters with --prefill-share-role unified, or each merged into weights of its own")
-    for name in ("enable_lora", "lora_paths")
-}
+_ADAPTERS_ANSWER: Final = "adapters answer, on decode workers or with --prefill-share-role unified"
 _CONTRADICTIONS: Final[dict[Role | None, dict[str, tuple[Any, str]]]] = {
     None: {
         "speculative_algorithm": (
@@ -225,7 +223,8 @@ _CONTRADICTIONS: Final[dict[Role | None, dict[str, tuple[Any, str]]]] = {
     },
     Role.PREFILL: {
         **_OF_A_BASE,
-        **_WITHOUT_ADAPTERS,
+        "enable_lora": (None, _ADAPTERS_ANSWER),
+        "lora_paths": (None, _ADAPTERS_ANSWER),
         "prefill_share_allow_untrained": (False, "prefill serves the base, which needs no training"),
     },
     Role.UNIFIED: {
@@ -233,7 +232,6 @@ _CONTRADICTIONS: Final[dict[Role | None, dict[str, tuple[Any, str]]]] = {
         "prefill_share_lease_timeout": (DEFAULT_LEASE_TIMEOUT_S, "one server hands nothing over"),
     },
     Role.DECODE: {
-        **_WITHOUT_ADAPTERS,
         "prefill_share_lease_timeout": (DEFAULT_LEASE_TIMEOUT_S, "prefill is who keeps pages for decode"),
         "disaggregation_decode_enable_offload_kvcache": (
             False,
@@ -331,7 +329,7 @@ def _identify(role: Role, args: argparse.Namespace) -> RoleSettings:
             chat_template=args.chat_template,
             revision=args.revision,
         )
-        is_trained = role is Role.PREFILL or _check_adapters(args, identity)
+        is_trained = role is Role.PREFILL or _check_adapters(role, args, identity)
         return RoleSettings(
             role,
             module,
@@ -339,6 +337,7 @@ def _identify(role: Role, args: argparse.Namespace) -> RoleSettings:
             is_trained,
             NO_BACKEND if role is Role.UNIFIED else args.disaggregation_transfer_backend,
             lease_timeout_s=args.prefill_share_lease_timeout,
+            adapters=role is Role.UNIFIED,
         )
     if base is None:
         raise ConfigError(
@@ -347,6 +346,14 @@ def _identify(role: Role, args: argparse.Namespace) -> RoleSettings:
         )
     # With a tokenizer path of its own, the worker tokenizes as a prefill worker with the same path does.
     identity = identify_base(base, tokenizer_path=args.tokenizer_path, chat_template=args.chat_template)
+    if args.lora_paths or args.enable_lora:
+        if Path(base).resolve() != Path(module).resolve() and base != module:
+            raise ConfigError(
+                f"--lora-paths names adapters of the base {base}, and --model-path is {module}. Serve the base itself "
+                "with its adapters, and a module with weights of its own on another worker."
+            )
+        is_trained = _check_adapters(role, args, identity)
+        return RoleSettings(role, base, identity, is_trained, args.disaggregation_transfer_backend, adapters=True)
     check_same_geometry(read_config(base), read_config(module))
     if args.tokenizer_path is None:
         check_tokenizer(module, identity, chat_template=args.chat_template, revision=args.revision)
@@ -354,14 +361,17 @@ def _identify(role: Role, args: argparse.Namespace) -> RoleSettings:
     return RoleSettings(role, base, identity, is_trained, args.disaggregation_transfer_backend)
 
 
-def _check_adapters(args: argparse.Namespace, identity: BaseIdentity) -> bool:
-    """Whether each adapter of a unified server was trained on its base; raises for one that cannot be served."""
+def _check_adapters(role: Role, args: argparse.Namespace, identity: BaseIdentity) -> bool:
+    """Whether each adapter of a worker was trained on its base; raises for one that cannot be served."""
     from sglang_prefillshare.identity.adapter import read_adapter
     from sglang_prefillshare.identity.manifest import check_training
 
     given = [_adapter_of(path) for path in args.lora_paths or ()]
     if not given:
-        raise ConfigError("--prefill-share-role unified needs --lora-paths NAME=FOLDER ...: its decode modules.")
+        raise ConfigError(
+            f"--prefill-share-role {role}{'' if role is Role.UNIFIED else ' with --enable-lora'} needs --lora-paths "
+            "NAME=FOLDER ...: its decode modules."
+        )
     names = [name for name, _ in given]
     for name in names:
         if names.count(name) > 1:
@@ -371,7 +381,7 @@ def _check_adapters(args: argparse.Namespace, identity: BaseIdentity) -> bool:
                 f"--served-model-name is {name!r}, which is a module's name. Choose another for the base."
             )
     room = args.max_loras_per_batch
-    if room < 2:
+    if role is Role.UNIFIED and room < 2:
         raise ConfigError(f"--max-loras-per-batch is {room}, wanted 2 or more: the base takes one place in each batch.")
     trained = []
     for name, folder in given:

@@ -285,7 +285,7 @@ DECODE_SCHEDULER: Final = (
 )  # fmt: skip
 """A decode worker's scheduler."""
 
-UNIFIED_HTTP: Final = (
+ADAPTER_HTTP: Final = (
     Seam(
         "sglang.srt.entrypoints.openai.serving_base.OpenAIServingBase._resolve_lora_path",
         "http.modules:resolve_lora_path", "around", ("self", "request_model", "explicit_lora_path"),
@@ -311,7 +311,17 @@ UNIFIED_HTTP: Final = (
         retire_when="SGLang does not load it again for the next request",
     ),
 )  # fmt: skip
-"""The HTTP process of a unified server."""
+"""The HTTP process of a worker whose modules are adapters."""
+
+ADAPTER_SCHEDULER: Final = (
+    Seam(
+        "sglang.srt.lora.lora_manager.LoRAManager.load_lora_adapter", "roles.adapters:load_lora_adapter", "around",
+        ("self", "lora_ref"),
+        why="an adapter that fits no batch is refused when it comes, not at a request", changes="such a one: unloaded",
+        retire_when="SGLang looks at an adapter's weights when it loads it",
+    ),
+)  # fmt: skip
+"""The scheduler of a worker whose modules are adapters."""
 
 UNIFIED_SCHEDULER: Final = (
     Seam(
@@ -348,12 +358,6 @@ UNIFIED_SCHEDULER: Final = (
         ("self", "new_loras", "running_loras"),
         why="the base is in every batch", changes="which adapters are loaded",
         retire_when="SGLang knows adapters that begin within a request",
-    ),
-    Seam(
-        "sglang.srt.lora.lora_manager.LoRAManager.load_lora_adapter", "roles.unified:load_lora_adapter", "around",
-        ("self", "lora_ref"),
-        why="an adapter that fits no batch is refused when it comes, not at a request", changes="such a one: unloaded",
-        retire_when="SGLang looks at an adapter's weights when it loads it",
     ),
     Seam(
         "sglang.srt.lora.lora_manager.LoRAManager.validate_lora_batch", "roles.unified:validate_lora_batch", "around",
@@ -450,7 +454,8 @@ BY_PROCESS: Final = {
     "a scheduler that samples": SAMPLING,
     "a prefill worker's scheduler": PREFILL_SCHEDULER,
     "a decode worker's scheduler": DECODE_SCHEDULER,
-    "a unified server's HTTP process, too": UNIFIED_HTTP,
+    "the HTTP process of a worker with adapters, too": ADAPTER_HTTP,
+    "the scheduler of a worker with adapters, too": ADAPTER_SCHEDULER,
     "a unified server's scheduler": UNIFIED_SCHEDULER,
     "the process that is started on a host without an accelerator": CPU_LAUNCH,
     "any scheduler on a host without an accelerator": CPU_SCHEDULER,
@@ -476,7 +481,8 @@ def role_seams(settings: RoleSettings) -> tuple[Seam, ...]:
     from sglang_prefillshare.host.transfer.backend import offer_backend
 
     offer_backend()
-    seams = (*HTTP, *_OWN[settings.role])
+    with_adapters = (*ADAPTER_HTTP, *ADAPTER_SCHEDULER) if settings.adapters else ()
+    seams = (*HTTP, *_OWN[settings.role], *with_adapters)
     if _is_child_process():
         seams = tuple(seam for seam in seams if seam.module in sys.modules)
     return seams
@@ -485,7 +491,7 @@ def role_seams(settings: RoleSettings) -> tuple[Seam, ...]:
 _OWN: Final = {
     Role.PREFILL: (*SCHEDULER, *HALF_SCHEDULER, *PREFILL_SCHEDULER),
     Role.DECODE: (*SCHEDULER, *HALF_SCHEDULER, *DECODE_SCHEDULER, *SAMPLING),
-    Role.UNIFIED: (*UNIFIED_HTTP, *SCHEDULER, *UNIFIED_SCHEDULER, *SAMPLING),
+    Role.UNIFIED: (*SCHEDULER, *UNIFIED_SCHEDULER, *SAMPLING),
 }
 
 

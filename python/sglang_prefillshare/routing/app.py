@@ -150,7 +150,7 @@ class Router:
             "base_fingerprint": self.pool.reference,
             "prefill_ready": sum(worker.is_ready for worker in self.pool.prefill),
             "decode_ready": {
-                name: sum(worker.is_ready for worker in workers) for name, workers in self.pool.decode.items()
+                name: sum(worker.is_ready_for(name) for worker in workers) for name, workers in self.pool.decode.items()
             },
             "not_ready": [
                 {"url": worker.url, "status": worker.verdict.status, "reason": worker.verdict.reason}
@@ -233,7 +233,10 @@ class Router:
     async def flush_cache(self, request: Request) -> Response:
         """Flush the base's cache and every module's (under /m/<model>/ that one's); forget prefixes and sessions."""
         module = self._path_module(request)
-        concerned = [*self.pool.prefill, *(w for w in self.pool if w.model is not None and module in (None, w.model))]
+        concerned = [
+            *self.pool.prefill,
+            *(w for w in self.pool if w.model is not None and module in (None, *w.modules)),
+        ]
         workers = [worker for worker in concerned if worker.is_reachable]
         answers = await self._ask_all(workers, "POST", "/flush_cache", request)
         for worker in concerned:

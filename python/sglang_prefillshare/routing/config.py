@@ -48,7 +48,8 @@ class RouterConfig:
     """Everything `prefillshare route` needs.
 
     `prefill` are the base workers' URLs, `decode` maps each decode module's served name to its workers' URLs; both
-    are normalised (no trailing slash) and frozen here. Raises `ConfigError` for what cannot work.
+    are normalised (no trailing slash) and frozen here. Several modules may name one worker: it serves them as adapters.
+    Raises `ConfigError` for what cannot work.
     """
 
     prefill: Sequence[str]
@@ -143,6 +144,7 @@ def _refuse_shared_urls(prefill: tuple[str, ...], decode: Mapping[str, tuple[str
     owned = [(url, "prefill") for url in prefill]
     owned += [(url, f"decode module {name!r}") for name, urls in decode.items() for url in urls]
     for url, owner in owned:
-        if url in seen:
+        # A decode worker with adapters serves several modules; it says itself which.
+        if url in seen and ("prefill" in (owner, seen[url]) or owner == seen[url]):
             raise ConfigError(f"{url} is named twice, for {seen[url]} and for {owner}. A worker has one role.")
         seen[url] = owner

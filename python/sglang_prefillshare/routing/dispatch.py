@@ -408,7 +408,7 @@ class Dispatcher:
             raise self._unplaced(f"{text[0].upper()}{text[1:]}.")
         if call.prefill is None or call.prefill is instead_of or not call.prefill.is_ready:
             self._place_prefill(call, request, chains, instead_of)
-        if call.decode is None or call.decode is instead_of or not call.decode.is_ready:
+        if call.decode is None or call.decode is instead_of or not call.decode.is_ready_for(request.module):
             self._place_decode(call, request, chains, instead_of)
 
     def _place_prefill(
@@ -562,7 +562,7 @@ class Dispatcher:
     ) -> None:
         """Pass the decode module's answer on. A stream starts with its first byte, so that a prefill error that
         comes before it still gets its own status."""
-        body = decode_leg_body(request, pairing=pairing)
+        body = decode_leg_body(request, pairing=pairing, is_adapter=worker.adapters is not None)
         named = ClientIds(pairing.rids, request.rids)
         reply = call.reply
         call.sent_s = time.perf_counter()

@@ -494,17 +494,20 @@ def prefill_leg_body(request: ClientRequest, *, base_model: str, pairing: Pairin
     return _json.dumps(body)
 
 
-def decode_leg_body(request: ClientRequest, *, pairing: Pairing) -> bytes:
+def decode_leg_body(request: ClientRequest, *, pairing: Pairing, is_adapter: bool = False) -> bytes:
     """The decode module's copy: what the client sent, and the pairing.
 
     The client's bytes are kept and extended where nothing has to be replaced. A `lora_path` that only repeats the
-    module's name is removed: SGLang's benchmark sends the model's name in both fields.
+    module's name is removed: SGLang's benchmark sends the model's name in both fields. A module that is one of a
+    worker's adapters is named by it, at `/generate`; OpenAI's endpoints name it by `model`.
     """
     added = pairing.fields(request.batch_size)
+    if is_adapter and (request.endpoint is Endpoint.GENERATE or "lora_path" in request.body):
+        added["lora_path"] = request.module
     replaces_lora = request.body.get("lora_path") == request.module
     if request.is_model_overridden or replaces_lora or not added.keys().isdisjoint(request.body):
         body = {**request.body, **added}
-        if replaces_lora:
+        if replaces_lora and "lora_path" not in added:
             del body["lora_path"]
         if request.is_model_overridden:
             body["model"] = request.module

@@ -53,6 +53,8 @@ class Observation:
     lost: str | None
     """Why it is not reachable (any more)."""
     was_seen: bool
+    modules: tuple[str, ...] = ()
+    """The decode modules that it is configured for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,15 @@ def _own_misfit(worker: Observation) -> Verdict | None:
         )
     if worker.role is Role.PREFILL and not isinstance(info.bootstrap_port, int):
         return Verdict(Status.REFUSED, f"its bootstrap_port is {info.bootstrap_port!r}, and decode needs a port")
-    if worker.role is Role.DECODE and info.model != worker.model:
+    if worker.role is Role.DECODE and info.modules is not None:
+        if not set(worker.modules) & set(info.modules):
+            return Verdict(
+                Status.REFUSED,
+                f"it serves the modules {', '.join(info.modules) or '(none)'}, and it is configured for "
+                f"{', '.join(worker.modules)}: start it with --lora-paths of that name, or correct the router's "
+                "configuration",
+            )
+    elif worker.role is Role.DECODE and info.model != worker.model:
         return Verdict(
             Status.REFUSED,
             f"it serves the model {info.model!r}, and it is configured for {worker.model!r}: "
@@ -190,7 +200,10 @@ class Leg:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One configured worker: its last description, verdict, and load. `model` is `None` for prefill."""
+    """One configured worker: its last description, verdict, and load.
+
+    `model` is `None` for prefill; on decode it is its module's name, or the names of all.
+    """
 
     url: str
     role: Role
@@ -205,10 +218,21 @@ class Worker:
     verdict: Verdict = Verdict(Status.STARTING, "not reached yet")
     legs: set[Leg] = field(default_factory=set)
     inflight_tokens: int = 0
+    modules: tuple[str, ...] = ()
+    """The decode modules that it is configured for."""
 
     @property
     def is_ready(self) -> bool:
         return self.verdict.status is Status.READY
+
+    def is_ready_for(self, module: str) -> bool:
+        """A decode worker with adapters may be without one of them."""
+        return self.is_ready and (self.adapters is None or module in self.adapters)
+
+    @property
+    def adapters(self) -> Sequence[str] | None:
+        """The modules that it serves as adapters; None where it serves one with weights of its own."""
+        return self.info.modules if self.info is not None and self.role is Role.DECODE else None
 
     @property
     def is_reachable(self) -> bool:
@@ -247,6 +271,7 @@ class Worker:
             url=self.url,
             role=self.role,
             model=self.model,
+            modules=self.modules,
             info=self.info,
             problem=self.problem,
             lost=self.lost,
@@ -279,15 +304,20 @@ class WorkerPool:
         self._index = index
         self.reference: str | None = None
         self.prefill = [Worker(url, Role.PREFILL, None) for url in config.prefill]
+        named: dict[str, list[str]] = {}
+        for name, urls in config.decode.items():
+            for url in urls:
+                named.setdefault(url, []).append(name)
+        decode = {url: Worker(url, Role.DECODE, ", ".join(names), modules=tuple(names)) for url, names in named.items()}
         self.decode: Mapping[str, list[Worker]] = {
-            name: [Worker(url, Role.DECODE, name) for url in urls] for name, urls in config.decode.items()
+            name: [decode[url] for url in urls] for name, urls in config.decode.items()
         }
+        self._decode = tuple(decode.values())
         self._by_url = {worker.url: worker for worker in self}
 
     def __iter__(self) -> Iterator[Worker]:
         yield from self.prefill
-        for workers in self.decode.values():
-            yield from workers
+        yield from self._decode
 
     def __getitem__(self, url: str) -> Worker:
         return self._by_url[url]
@@ -336,7 +366,7 @@ class WorkerPool:
                 worker.url, len(worker.legs), self._matched_tokens(worker, chains), session_counts.get(worker.url, 0)
             )
             for worker in self.decode[module]
-            if worker.is_ready and worker is not without
+            if worker.is_ready_for(module) and worker is not without
         ]
 
     def limits(self, module: str) -> Limits:
@@ -363,7 +393,7 @@ class WorkerPool:
             if not any(worker.is_ready for worker in prefill):
                 line = f"no prefill worker is ready: {_reasons(prefill)}"
                 lines += [line] if line not in lines else []
-            if not any(worker.is_ready for worker in workers):
+            if not any(worker.is_ready_for(name) for worker in workers):
                 lines.append(f"no worker of the decode module {name!r} is ready: {_reasons(workers)}")
         return lines
 

@@ -31,7 +31,6 @@ def test_urls_are_normalised_and_everything_is_frozen():
         ({"decode": {"a?": ["http://h:2"]}}, "cannot name"),
         ({"decode": {"planner": ["http://h:1"]}}, "named twice"),
         ({"decode": {"planner": ["http://h:2", "http://h:2/"]}}, "named twice"),
-        ({"decode": {"planner": ["http://h:2"], "coder": ["http://h:2"]}}, "named twice"),
         ({"prefill": ["h:1"]}, "http://host:port"),
         ({"prefill": ["ftp://h:1"]}, "http://host:port"),
         ({"prefill": ["http://"]}, "http://host:port"),
@@ -48,6 +47,11 @@ def test_urls_are_normalised_and_everything_is_frozen():
 def test_what_cannot_work_is_named(change, says):
     with pytest.raises(ConfigError, match=says):
         RouterConfig(**(GOOD | change))
+
+
+def test_several_modules_may_share_a_decode_worker():
+    config = RouterConfig(**(GOOD | {"decode": {"planner": ["http://h:2"], "coder": ["http://h:2", "http://h:3"]}}))
+    assert dict(config.decode) == {"planner": ("http://h:2",), "coder": ("http://h:2", "http://h:3")}
 
 
 @pytest.mark.parametrize(

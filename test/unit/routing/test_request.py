@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -94,6 +95,16 @@ def test_a_lora_adapter_of_the_decode_module_is_kept_on_its_leg_only():
     request = parsed(Endpoint.GENERATE, {"text": "x", "lora_path": "adapter"})
     assert json.loads(decode_leg_body(request, pairing=PAIRING))["lora_path"] == "adapter"
     assert "lora_path" not in json.loads(prefill_leg_body(request, base_model="base", pairing=PAIRING))
+
+
+@pytest.mark.parametrize("sent", [{}, {"lora_path": "planner"}, {"lora_path": "coder"}])
+def test_a_module_that_is_an_adapter_of_its_worker_is_named_there(sent):
+    request = parsed(Endpoint.GENERATE, {"text": "x", "model": "planner", **sent})
+    body = json.loads(decode_leg_body(request, pairing=PAIRING, is_adapter=True))
+    assert body["lora_path"] == "planner" and body["bootstrap_room"] == 5
+    request = parsed(Endpoint.CHAT, {"model": "planner", "messages": [{"role": "user", "content": "x"}], **sent})
+    body = json.loads(decode_leg_body(request, pairing=PAIRING, is_adapter=True))
+    assert body["model"] == "planner" and body.get("lora_path", "planner") == "planner"
 
 
 json_values = st.recursive(

@@ -3,7 +3,9 @@
 from dataclasses import replace
 
 from sglang_prefillshare.protocol import Role
-from sglang_prefillshare.routing.workers import Observation, Status, judge
+from sglang_prefillshare.routing.config import RouterConfig
+from sglang_prefillshare.routing.prefix_index import PrefixIndex
+from sglang_prefillshare.routing.workers import Observation, Status, Verdict, WorkerPool, judge
 from test.unit.routing.routing_harness import info
 
 
@@ -93,3 +95,27 @@ def test_gpus_that_are_no_peers_are_refused_before_a_request_comes():
     for near in (on, {"gpu": "B", "gpus_in_reach": {"A": True, "B": True}}, {"gpu": "B", "gpus_in_reach": {"B": True}}):
         assert statuses(prefill, seen("d", Role.DECODE, "planner", **near))["d"] is Status.READY
     assert statuses(prefill, seen("d", Role.DECODE, "planner", gpu="B", gpus_in_reach="?"))["d"] is Status.READY
+
+
+def test_a_worker_with_adapters_fits_as_long_as_it_serves_one_of_its_modules():
+    def adapters(*served: str) -> Observation:
+        told = info(Role.DECODE, "base", modules=list(served))
+        worker = Observation("d", Role.DECODE, "planner, coder", told, None, None, True, modules=("planner", "coder"))
+        return worker
+
+    for served in (("planner", "coder"), ("coder",)):
+        assert statuses(seen("p"), adapters(*served))["d"] == Status.READY
+    _, verdicts = judge([seen("p"), adapters("reviewer")], incumbent=None)
+    assert verdicts["d"].status == Status.REFUSED
+    assert verdicts["d"].reason is not None and "serves the modules reviewer" in verdicts["d"].reason
+
+
+def test_a_module_that_a_worker_has_not_is_not_served_by_it():
+    config = RouterConfig(prefill=["http://p"], decode={"planner": ["http://d"], "coder": ["http://d"]})
+    pool = WorkerPool(config, index=PrefixIndex(capacity_blocks=16))
+    [worker] = pool.decode["planner"]
+    assert pool.decode["coder"] == [worker] and [each.url for each in pool] == ["http://p", "http://d"]
+    worker.info = info(Role.DECODE, "base", modules=["planner"])
+    worker.verdict = Verdict(Status.READY, None)
+    assert worker.is_ready_for("planner") and not worker.is_ready_for("coder")
+    assert [len(pool.decode_snapshots(name, [])) for name in ("planner", "coder")] == [1, 0]

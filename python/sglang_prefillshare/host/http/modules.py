@@ -1,4 +1,4 @@
-"""Modules of a unified server by name: each is an adapter, and the base answers nobody."""
+"""Modules by name, of a unified server or of a decode worker: each is an adapter, and the base answers nobody."""
 
 from __future__ import annotations
 

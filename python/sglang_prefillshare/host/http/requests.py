@@ -75,10 +75,11 @@ def validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
     A prompt of one token needs nothing of the base: both sides see that for themselves, and wait for nobody.
     """
     limits = limits_of(self)
-    is_unified = _is_unified()
+    settings = current_settings()
+    has_adapters = settings is not None and settings.adapters
     # Health checks, which move no KV, too: whoever names their host could be anybody.
     fields = {name: getattr(obj, name, None) for name in GENERATE}
-    if is_unified:
+    if has_adapters:
         fields["lora_id"] = None  # SGLang has put its own there by now
     check_fields(GENERATE, fields, limits)
     check_sampling_params(obj.sampling_params, limits)
@@ -104,17 +105,12 @@ def validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
     for name, reason in _REFUSED_FIELDS.items():
         if getattr(obj, name, None):
             raise ValueError(f"{name} is not supported with PrefillShare: {reason}")
-    if is_unified:
+    if settings is not None and settings.role is Role.UNIFIED:
         return
-    if obj.lora_path:
+    if obj.lora_path and not has_adapters:
         raise ValueError("lora_path is not supported on this worker: each module is a decode worker of its own.")
     if needs_no_base_kv(input_ids) and not is_fake_transfer(obj):
         obj.bootstrap_host = FAKE_BOOTSTRAP_HOST
-
-
-def _is_unified() -> bool:
-    settings = current_settings()
-    return settings is not None and settings.role is Role.UNIFIED
 
 
 def limits_of(tokenizer_manager: Any) -> Limits:

@@ -44,11 +44,10 @@ _CLOSED_PREFIXES: Final = {
     "/pd_role_switch": "a worker cannot change sides.",
 }
 
-_CLOSED_TO_HALVES: Final = {
-    path: "adapters are modules of a server with the role unified."
-    for path in ("/load_lora_adapter", "/unload_lora_adapter")
+_CLOSED_WITHOUT_ADAPTERS: Final = {
+    path: "it was started without adapters (--lora-paths)." for path in ("/load_lora_adapter", "/unload_lora_adapter")
 }
-"""Paths that only a unified server has open."""
+"""Paths that only a worker whose modules are adapters has open."""
 
 _HEALTH_PATHS: Final = ("/health", "/health_generate", "/ready")
 
@@ -81,18 +80,19 @@ def setup_http_server(
     failure = next((rank["handoff_failure"] for rank in ranks if rank["handoff_failure"] is not None), None)
     description = _describe(tokenizer_manager, {**ranks[0], "handoff_failure": failure}).to_json()
 
+    has_adapters = description["modules"] is not None
+
     async def worker_info() -> dict[str, Any]:
-        return description
+        return {**description, "modules": sorted(tokenizer_manager.lora_ref_cache)} if has_adapters else description
 
     http_server.app.add_api_route(WORKER_INFO_PATH, worker_info, methods=["GET"])
-    is_unified = description["role"] == Role.UNIFIED
     http_server.app.add_middleware(
         LegMiddleware,
         handoff_failure=failure,
         is_warming_up=lambda: _is_warming_up(tokenizer_manager),
-        is_unified=is_unified,
+        has_adapters=has_adapters,
     )
-    if is_unified:
+    if has_adapters:
         http_server.app.add_middleware(ModuleMiddleware, manager=tokenizer_manager)
     return original(server_args, tokenizer_manager, *args, **kwargs)
 
@@ -126,6 +126,7 @@ def _describe(tokenizer_manager: Any, scheduler: dict[str, Any]) -> WorkerInfo:
         vocab_size=limits.vocab_size,
         max_prompt_bytes=limits.max_prompt_bytes,
         handoff_failure=scheduler["handoff_failure"],
+        modules=sorted(tokenizer_manager.lora_ref_cache) if settings.adapters else None,
         **scheduler["pool_place"],
     )
 
@@ -143,10 +144,10 @@ class LegMiddleware:
         *,
         handoff_failure: str | None = None,
         is_warming_up: Callable[[], bool] = lambda: False,
-        is_unified: bool = False,
+        has_adapters: bool = False,
     ) -> None:
         self._app = app
-        self._is_unified = is_unified
+        self._has_adapters = has_adapters
         self._handoff_failure = handoff_failure
         self._is_warming_up = is_warming_up
 
@@ -154,7 +155,7 @@ class LegMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        for prefix, reason in (_CLOSED_PREFIXES | ({} if self._is_unified else _CLOSED_TO_HALVES)).items():
+        for prefix, reason in (_CLOSED_PREFIXES | ({} if self._has_adapters else _CLOSED_WITHOUT_ADAPTERS)).items():
             if scope["path"].startswith(prefix):
                 await _refuse(send, f"{scope['path']} is not supported on a worker with a PrefillShare role: {reason}")
                 return

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from sglang_prefillshare.errors import HandoffError
 from sglang_prefillshare.handoff.receipt import FIRST_SLOT, ROOM_MASK, Receipt
+from sglang_prefillshare.host.roles.adapters import try_adapters
 from sglang_prefillshare.host.roles.grammar import blame_request
 from sglang_prefillshare.host.roles.role import (
     NO_BASE,
@@ -44,6 +45,8 @@ def init_disaggregation(original: Callable[..., None], self: Any) -> None:
     handoff_metrics.prepare("decode")
     original(self)
     check_handoff(self)
+    if role_of(self).settings.adapters:
+        try_adapters(self.tp_worker.model_runner.lora_manager)
     manager = self.disagg_decode_prealloc_queue.kv_manager
     if getattr(manager, "on_cuda", False):
         manager.forward_stream = self.forward_stream
@@ -52,10 +55,15 @@ def init_disaggregation(original: Callable[..., None], self: Any) -> None:
 def create_generation_req(original: Callable[..., Any], self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
     """Key the request by the base's identity, as prefill does; a client's own `extra_key` has no say in it.
 
-    What moves no KV has none of the base's, and must not be able to say that it has.
+    What moves no KV has none of the base's, and must not be able to say that it has. An adapter has no say in it
+    either, to whose id SGLang would extend the key: the worker computes with it what follows x1..x(n-1), and nothing of
+    that enters the cache of base KV, which is one for all adapters.
     """
-    kwargs["extra_key"] = NO_BASE if is_fake_transfer(recv_req) else role_of(self).namespace
-    return original(self, recv_req, *args, **kwargs)
+    lora_id = kwargs.pop("lora_id", None)
+    namespace = NO_BASE if is_fake_transfer(recv_req) else role_of(self).namespace
+    req = original(self, recv_req, *args, **{**kwargs, "lora_id": None, "extra_key": namespace})
+    req.lora_id = lora_id
+    return req
 
 
 def pre_alloc_fill_len(original: Callable[..., int], req: Any) -> int:

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from sglang_prefillshare.errors import ConfigError, SeamError
+from sglang_prefillshare.errors import SeamError
+from sglang_prefillshare.host.roles.adapters import try_adapters
 from sglang_prefillshare.host.roles.role import attach_role, check_pool, role_of
 
 BASE: Final = None
@@ -48,33 +49,7 @@ def init_disaggregation(original: Callable[..., None], self: Any) -> None:
             f"this server keeps its radix tree in a {type(self.tree_cache).__name__}, and generated KV would enter it. "
             "Leave SGLang's choice of the tree as it is by default."
         )
-    _try_adapters(self.tp_worker.model_runner.lora_manager)
-
-
-def _try_adapters(manager: Any) -> None:
-    """Put every adapter where a batch would have it: SGLang first does that at a request, and one that does not fit
-    would end the server for all of them."""
-    for lora_id, reference in manager.lora_refs.items():
-        try:
-            manager.fetch_new_loras({lora_id})
-        except Exception as error:  # of whatever is wrong with its weights
-            raise ConfigError(
-                f"the module {reference.lora_name} ({reference.lora_path}) cannot be served as an adapter: {error}"
-            ) from error
-
-
-def load_lora_adapter(original: Callable[..., Any], self: Any, lora_ref: Any) -> Any:
-    """Hook on loading while the server serves: an adapter that fits no batch is put back, and the others served on."""
-    result = original(self, lora_ref)
-    if result.success:
-        try:
-            self.fetch_new_loras({lora_ref.lora_id})
-        except Exception as error:  # of whatever is wrong with its weights
-            self.unload_lora_adapter(lora_ref)
-            return self.create_lora_update_result(
-                False, f"{lora_ref.lora_path} cannot be served as an adapter: {error}"
-            )
-    return result
+    try_adapters(self.tp_worker.model_runner.lora_manager)
 
 
 def create_generation_req(original: Callable[..., Any], self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> Any:
