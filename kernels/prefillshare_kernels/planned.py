@@ -16,7 +16,7 @@ import triton
 
 from prefillshare_kernels import rows
 from prefillshare_kernels.pool import KVPool
-from prefillshare_kernels.rows import LARGE, SMALL, Launch, Paged, Tuning, grid_of, plan, run, tuning_for
+from prefillshare_kernels.rows import LARGE, SMALL, SMALL_COPY_BYTES, Launch, Paged, Tuning, grid_of, plan, run
 
 logger = logging.getLogger(__name__)
 
@@ -68,9 +68,8 @@ class PlannedCopy:
         self._page_size = source.page_size
         self._page_bytes = source.page_size * self._heads[2] * sum(source.head_bytes)
         self._buffer_count = len(source.addresses)
-        tunings = (SMALL, LARGE) if tuning is None else (tuning,)
-        self._variants = {one: self._variant(one) for one in tunings}
-        self._only = None if tuning is None else self._variants[tuning]
+        small = self._variant(tuning or SMALL)
+        self._small, self._large = small, small if tuning is not None else self._variant(LARGE)
 
     def __call__(self, lists: torch.Tensor, count: int, *, stream: int | None = None) -> None:
         """Copy page lists[i] of the source onto page lists[count + i] of the target, for i in [0, count).
@@ -79,7 +78,7 @@ class PlannedCopy:
         memory of the host. It must not change until the copy has run. `stream` is a CUDA stream's handle, by default
         the current one's; the pools' device is the current device. Neither the lists nor `count` are checked here.
         """
-        variant = self._only or self._variants[tuning_for(count * self._page_bytes)]
+        variant = self._small if count * self._page_bytes <= SMALL_COPY_BYTES else self._large
         tokens, launch = count * self._page_size, variant.launch
         grid = grid_of(tokens, self._buffer_count, variant.tokens_per_tile, variant.column_blocks, variant.tuning)
         if variant.kernel is not None:
