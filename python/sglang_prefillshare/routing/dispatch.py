@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterator, MutableMapping, Sequence
-from typing import Any, Final
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+from typing import Final
 
 import aiohttp
 
@@ -26,18 +25,17 @@ from sglang_prefillshare.protocol import (
     PROMPT_TOKENS_HEADER,
     Role,
 )
-from sglang_prefillshare.routing import _json
 from sglang_prefillshare.routing.answers import (
     ClientIds,
     Events,
     WorkerFailure,
     client_error,
-    error_body,
     failure_in,
     failure_in_events,
 )
+from sglang_prefillshare.routing.client import ClientGoneError, Receive, Reply, Send, read_body, wait_until_gone
 from sglang_prefillshare.routing.config import RouterConfig
-from sglang_prefillshare.routing.policy import Decision, pick_decode, pick_prefill
+from sglang_prefillshare.routing.placement import Placed, Placer, UnplacedError
 from sglang_prefillshare.routing.prefix_index import PrefixIndex
 from sglang_prefillshare.routing.request import (
     HOP_BY_HOP,
@@ -55,27 +53,18 @@ from sglang_prefillshare.routing.request import (
     prefill_leg_body,
     prefill_leg_headers,
 )
-from sglang_prefillshare.routing.sessions import SessionMap
 from sglang_prefillshare.routing.telemetry import CallLog, CallRecord, Metrics, Outcome
 from sglang_prefillshare.routing.workers import Leg, Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
 
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
 _EVENT_STREAM: Final = "text/event-stream"
 _NOT_RETURNED: Final = frozenset(
     name.encode() for name in (*HOP_BY_HOP, "content-length", "date", "server", REQUEST_ID_HEADER)
 )
-_RETRY_AFTER_S: Final = 1
 _ACCOUNTING_WAIT_S: Final = 0.05
 _TRANSFER_FAILURES: Final = (b"Decode transfer failed", b"Decode handshake failed")
 """How SGLang's decode workers begin the error of a request whose KV did not come, whatever the reason."""
-
-
-class ClientGoneError(Exception):
-    """The client left before its answer was complete."""
 
 
 class LegError(Exception):
@@ -111,53 +100,6 @@ class LegError(Exception):
         return self.is_unsent or (self.is_lost and self.worker.role is Role.PREFILL)
 
 
-class Reply:
-    """The answer to the client, whole or streamed, over ASGI's `send`."""
-
-    def __init__(self, send: Send) -> None:
-        self._send = send
-        self.request_id: str | None = None
-        self.status: int | None = None
-        self._is_finished = False
-        self._ends_event = True
-
-    @property
-    def is_started(self) -> bool:
-        return self.status is not None
-
-    async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        self.status = status
-        raw = list(headers)
-        if self.request_id is not None:
-            raw.append((REQUEST_ID_HEADER.encode(), self.request_id.encode("latin-1")))
-        await self._send({"type": "http.response.start", "status": status, "headers": raw})
-
-    async def chunk(self, data: bytes) -> None:
-        self._ends_event = data.endswith(b"\n\n")
-        await self._send({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def finish(self, data: bytes = b"") -> None:
-        self._is_finished = True
-        await self._send({"type": "http.response.body", "body": data, "more_body": False})
-
-    async def whole(self, status: int, headers: Sequence[tuple[bytes, bytes]], body: bytes) -> None:
-        await self.start(status, [*headers, (b"content-length", b"%d" % len(body))])
-        await self.finish(body)
-
-    async def fail(self, status: int, message: str, *, kind: str) -> None:
-        """Answer with an error; in a stream, as its last event and without [DONE]. Nothing if all was said."""
-        if self._is_finished:
-            return
-        body = _json.dumps(error_body(status, message, kind=kind))
-        if self.is_started:
-            await self.finish((b"" if self._ends_event else b"\n\n") + b"data: " + body + b"\n\n")
-            return
-        headers = [(b"content-type", b"application/json")]
-        if status == 503:
-            headers.append((b"retry-after", b"%d" % _RETRY_AFTER_S))
-        await self.whole(status, headers, body)
-
-
 class Call:
     """What is known of one request while it is served; `record` is what remains of it."""
 
@@ -168,10 +110,7 @@ class Call:
         self.began_s = time.perf_counter()
         self.request: ClientRequest | None = None
         self.headers: list[tuple[str, str]] = []
-        self.decision: Decision | None = None
-        self.decode_decision: Decision | None = None
-        self.prefill: Worker | None = None
-        self.decode: Worker | None = None
+        self.placed: Placed | None = None
         self.attempts = 0
         self.worker_rids: tuple[str, ...] = ()
         self.prefill_tokens: int | None = None
@@ -198,6 +137,7 @@ class Call:
 
     def record(self, outcome: Outcome, *, status: int | None, error: str | None) -> CallRecord:
         request = self.request
+        prefill, decode = (self.placed.prefill, self.placed.decode) if self.placed else (None, None)
         end_s = self.answered_s if self.answered_s is not None else time.perf_counter()
         overhead_ms = ttft_ms = None
         if self.sent_s is not None and self.received_s is not None:
@@ -209,12 +149,12 @@ class Call:
             worker_rids=self.worker_rids,
             model=request.module if request else "",
             endpoint=self.endpoint,
-            prefill_worker=self.prefill.url if self.prefill else None,
-            decode_worker=self.decode.url if self.decode else None,
-            decision=self.decision.reason if self.decision else None,
-            matched_tokens=self.decision.matched_tokens if self.decision else None,
-            decode_decision=self.decode_decision.reason if self.decode_decision else None,
-            decode_matched_tokens=self.decode_decision.matched_tokens if self.decode_decision else None,
+            prefill_worker=prefill.worker.url if prefill else None,
+            decode_worker=decode.worker.url if decode else None,
+            decision=prefill.decision.reason if prefill else None,
+            matched_tokens=prefill.decision.matched_tokens if prefill else None,
+            decode_decision=decode.decision.reason if decode else None,
+            decode_matched_tokens=decode.decision.matched_tokens if decode else None,
             attempts=self.attempts,
             prefill_tokens=self.prefill_tokens,
             cached_tokens=self.cached_tokens,
@@ -249,16 +189,11 @@ class Dispatcher:
     ) -> None:
         self._config = config
         self._pool = pool
-        self._index = index
         self._metrics = metrics
         self._calls = calls
         self._session = session
         self._background = background
-        self._prefill_sessions = self._new_sessions()
-        self._decode_sessions = {name: self._new_sessions() for name in config.decode}
-        self._prefill_turns = itertools.count()
-        self._decode_turns = itertools.count()
-        self._is_stopping = False
+        self._placer = Placer(config, pool=pool, index=index, metrics=metrics)
         self._leg_timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.connect_timeout_s)
 
     # -- the whole call
@@ -289,6 +224,8 @@ class Dispatcher:
             await self._fail(call, Outcome.REJECTED, error.status, error.message, kind=error.kind)
         except ClientGoneError:
             self._settle(call, Outcome.DISCONNECTED)
+        except UnplacedError as error:
+            await self._fail(call, Outcome.UNAVAILABLE, 503, str(error), kind="worker_error")
         except LegError as error:
             await self._fail(call, error.outcome, error.status, error.message, kind="worker_error", answer=error.answer)
         except Exception as error:
@@ -338,7 +275,7 @@ class Dispatcher:
         receive: Receive,
         path_module: str | None,
     ) -> None:
-        raw = await self._read_body(receive, by_name.get("content-length", ""))
+        raw = await read_body(receive, by_name.get("content-length", ""), max_bytes=self._config.max_body_bytes)
         call.received_s = time.perf_counter()
         request = parse_request(
             call.endpoint,
@@ -359,125 +296,28 @@ class Dispatcher:
         """Place the request and run its legs. If a worker refused the connection, or if prefill was lost before the
         client got a byte, both legs are replaced once, with another worker in the place of that one."""
         chains = request.chains(block_bytes=self._config.prefix_block_bytes)
-        self._place(call, request, chains)
+        call.placed = self._placer.place(request, chains)
         try:
             await self._run_legs(call, request, receive)
         except LegError as error:
             if error.is_unsent:
                 self._pool.connection_refused(error.worker)
-            if not error.allows_another_try or call.reply.is_started or self._is_stopping:
+            if not error.allows_another_try or call.reply.is_started or self._placer.is_stopping:
                 raise
             try:
-                self._place(call, request, chains, instead_of=error.worker)
-            except LegError:
+                call.placed = self._placer.place(request, chains, before=call.placed, instead_of=error.worker)
+            except UnplacedError:
                 raise error from None
             self._metrics.retries.labels(error.worker.role).inc()
             await self._run_legs(call, request, receive)
-
-    async def _read_body(self, receive: Receive, announced: str) -> bytes:
-        """The whole body; 413 as soon as it is known to be too large."""
-        parts: list[bytes] = []
-        size = int(announced) if announced.isascii() and announced.isdigit() and len(announced) < 20 else 0
-        if size > self._config.max_body_bytes:
-            raise RequestError(413, f"The request body is larger than {self._config.max_body_bytes} bytes.")
-        size = 0
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise ClientGoneError
-            part = message.get("body", b"")
-            size += len(part)
-            if size > self._config.max_body_bytes:
-                raise RequestError(413, f"The request body is larger than {self._config.max_body_bytes} bytes.")
-            parts.append(part)
-            if not message.get("more_body", False):
-                return b"".join(parts)
-
-    # -- placement
-
-    def _place(
-        self, call: Call, request: ClientRequest, chains: list[list[int]], *, instead_of: Worker | None = None
-    ) -> None:
-        """Choose the workers and note the choice; with `instead_of`, choose another one in its place. Raises
-        `LegError` (503) where there is none."""
-        missing = self._pool.missing([request.module])
-        if self._is_stopping:
-            missing = ["the router is stopping"]
-        if missing:
-            text = "; ".join(missing)
-            raise self._unplaced(f"{text[0].upper()}{text[1:]}.")
-        if call.prefill is None or call.prefill is instead_of or not call.prefill.is_ready:
-            self._place_prefill(call, request, chains, instead_of)
-        if call.decode is None or call.decode is instead_of or not call.decode.is_ready_for(request.module):
-            self._place_decode(call, request, chains, instead_of)
-
-    def _place_prefill(
-        self, call: Call, request: ClientRequest, chains: list[list[int]], instead_of: Worker | None
-    ) -> None:
-        sessions = self._prefill_sessions
-        is_new = sessions.is_new(request.session_key)
-        snapshots = self._pool.prefill_snapshots(
-            request.module, chains, without=instead_of, session_counts=sessions.live_counts() if is_new else {}
-        )
-        if not snapshots:
-            raise self._unplaced("No other prefill worker is ready.")
-        decision = pick_prefill(
-            snapshots,
-            session_worker=sessions.worker_of(request.session_key),
-            is_new_session=is_new,
-            turn=next(self._prefill_turns),
-            config=self._config.policy,
-        )
-        self._metrics.decisions.labels(Role.PREFILL, decision.reason).inc()
-        call.decision = decision
-        call.prefill = self._pool[decision.worker]
-        self._note(decision, request, chains, sessions)
-
-    def _place_decode(
-        self, call: Call, request: ClientRequest, chains: list[list[int]], instead_of: Worker | None
-    ) -> None:
-        sessions = self._decode_sessions[request.module]
-        is_new = sessions.is_new(request.session_key)
-        snapshots = self._pool.decode_snapshots(
-            request.module, chains, without=instead_of, session_counts=sessions.live_counts() if is_new else {}
-        )
-        if not snapshots:
-            raise self._unplaced(f"No other worker of the decode module {request.module!r} is ready.")
-        decision = pick_decode(
-            snapshots,
-            session_worker=sessions.worker_of(request.session_key),
-            is_new_session=is_new,
-            turn=next(self._decode_turns),
-            config=self._config.policy,
-        )
-        self._metrics.decisions.labels(Role.DECODE, decision.reason).inc()
-        call.decode_decision = decision
-        call.decode = self._pool[decision.worker]
-        self._note(decision, request, chains, sessions)
-
-    def forget_sessions(self, workers: Collection[str]) -> None:
-        """After a flush: a session's next call is placed as if it were its first."""
-        for sessions in (self._prefill_sessions, *self._decode_sessions.values()):
-            sessions.forget(workers)
-
-    def _new_sessions(self) -> SessionMap:
-        return SessionMap(capacity=self._config.session_capacity, live_s=self._config.session_live_s)
-
-    def _note(self, decision: Decision, request: ClientRequest, chains: list[list[int]], sessions: SessionMap) -> None:
-        """Before the KV is there: the session's next request may come before this one is prefilled."""
-        for chain in chains:
-            self._index.insert(decision.worker, chain)
-        sessions.assign(request.session_key, decision.worker)
-
-    def _unplaced(self, message: str) -> LegError:
-        return LegError(self._pool.prefill[0], status=503, message=message, outcome=Outcome.UNAVAILABLE)
 
     # -- the two legs
 
     async def _run_legs(self, call: Call, request: ClientRequest, receive: Receive) -> None:
         """Both legs, or neither: returns when both are complete, raises `LegError` or `ClientGoneError`."""
-        prefill, decode = call.prefill, call.decode
-        assert prefill is not None and call.decision is not None and decode is not None and prefill.info is not None
+        assert call.placed is not None
+        prefill, decode = call.placed.prefill.worker, call.placed.decode.worker
+        assert prefill.info is not None
         base_model = prefill.info.model
         call.attempts += 1
         call.abort_cause = None
@@ -487,7 +327,7 @@ class Dispatcher:
         call.worker_rids = rids
         host, port = prefill.bootstrap
         pairing = Pairing(host, port, draw_rooms(len(rids)), rids)
-        prefill_leg = Leg(tokens=max(1, request.prompt_tokens - call.decision.matched_tokens))
+        prefill_leg = Leg(tokens=max(1, request.prompt_tokens - call.placed.prefill.decision.matched_tokens))
         decode_leg = Leg(tokens=request.prompt_tokens)
         prefill.begin(prefill_leg)
         decode.begin(decode_leg)
@@ -503,13 +343,10 @@ class Dispatcher:
             decode.end(decode_leg)
 
     async def _watch_client(self, call: Call, receive: Receive) -> None:
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                if call.is_answered:
-                    return
-                call.abort_cause = call.abort_cause or "client"
-                raise ClientGoneError
+        await wait_until_gone(receive)
+        if not call.is_answered:
+            call.abort_cause = call.abort_cause or "client"
+            raise ClientGoneError
 
     async def _prefill_leg(
         self, call: Call, request: ClientRequest, worker: Worker, leg: Leg, pairing: Pairing, base_model: str
@@ -621,16 +458,15 @@ class Dispatcher:
         at too, because SGLang tells the errors of streams in them; a false alarm only costs it the wait for the
         prefill leg's end, which is near.
         """
-        worker = call.prefill
-        assert worker is not None
+        assert call.placed is not None
+        worker = call.placed.prefill.worker
         if any(text in data for text in _TRANSFER_FAILURES) and await self._goes_silent(worker, call):
             raise _lost(worker, f"The {worker.label} was lost.")
 
     async def _goes_silent(self, worker: Worker, call: Call) -> bool:
         """Whether the prefill worker stops answering polls within `loss_wait_s`, while its leg runs. False, without
         a wait, where there is to be no other try anyway."""
-        can_be_replaced = any(other.is_ready and other is not worker for other in self._pool.prefill)
-        if call.attempts > 1 or call.reply.is_started or self._is_stopping or not can_be_replaced:
+        if call.attempts > 1 or call.reply.is_started or not self._placer.can_replace_prefill(worker):
             return False
         waits = [asyncio.ensure_future(event.wait()) for event in (worker.is_silent, call.prefill_ended)]
         try:
@@ -717,15 +553,19 @@ class Dispatcher:
                 self._metrics.abort_failures.labels(worker.role).inc()
                 return
 
+    def forget_sessions(self, workers: Collection[str]) -> None:
+        """After a flush: a session's next call is placed as if it were its first."""
+        self._placer.forget_sessions(workers)
+
     def stop(self) -> None:
         """Refuse new requests and end those in flight with 503."""
-        self._is_stopping = True
+        self._placer.is_stopping = True
         for worker in self._pool:
             for leg in list(worker.legs):
                 leg.fail("The router is stopping.")
 
     def refuse_new(self) -> None:
-        self._is_stopping = True
+        self._placer.is_stopping = True
 
 
 def _cause_of(group: BaseExceptionGroup[BaseException]) -> BaseException:
