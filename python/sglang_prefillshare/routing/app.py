@@ -26,6 +26,7 @@ from sglang_prefillshare.routing import _json
 from sglang_prefillshare.routing.answers import error_body
 from sglang_prefillshare.routing.config import RouterConfig
 from sglang_prefillshare.routing.dispatch import Dispatcher
+from sglang_prefillshare.routing.legs import Legs
 from sglang_prefillshare.routing.prefix_index import PrefixIndex
 from sglang_prefillshare.routing.request import Endpoint
 from sglang_prefillshare.routing.telemetry import CallLog, Metrics
@@ -43,7 +44,7 @@ class Router:
     """The state that the endpoints share. `running()` must be entered before requests are served."""
 
     pool_type: type[WorkerPool] = WorkerPool
-    dispatcher_type: type[Dispatcher] = Dispatcher
+    legs_type: type[Legs] = Legs
 
     def __init__(self, config: RouterConfig) -> None:
         self.config = config
@@ -78,7 +79,7 @@ class Router:
         )
         # Abort messages outlive the pollers, but not the session.
         async with session as self._session, asyncio.TaskGroup() as background, asyncio.TaskGroup() as pollers:
-            self._dispatcher = self.dispatcher_type(
+            self._dispatcher = Dispatcher(
                 self.config,
                 pool=self.pool,
                 index=self.index,
@@ -86,6 +87,7 @@ class Router:
                 calls=self.calls,
                 session=self._session,
                 background=background,
+                legs_type=self.legs_type,
             )
             tasks = [pollers.create_task(self._poll_until_the_end(worker)) for worker in self.pool]
             try:

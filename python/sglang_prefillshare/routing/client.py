@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from sglang_prefillshare.routing import _json
 from sglang_prefillshare.routing.answers import error_body
+from sglang_prefillshare.routing.endings import Said
 from sglang_prefillshare.routing.request import REQUEST_ID_HEADER, RequestError
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -61,6 +62,12 @@ class Reply:
     def is_started(self) -> bool:
         return self.status is not None
 
+    @property
+    def said(self) -> Said:
+        if self._is_finished:
+            return Said.ALL
+        return Said.PART if self.is_started else Said.NOTHING
+
     async def start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         self.status = status
         raw = list(headers)
@@ -80,15 +87,14 @@ class Reply:
         await self.start(status, [*headers, (b"content-length", b"%d" % len(body))])
         await self.finish(body)
 
-    async def fail(self, status: int, message: str, *, kind: str) -> None:
-        """Answer with an error; in a stream, as its last event and without [DONE]. Nothing if all was said."""
-        if self._is_finished:
-            return
-        body = _json.dumps(error_body(status, message, kind=kind))
-        if self.is_started:
-            await self.finish((b"" if self._ends_event else b"\n\n") + b"data: " + body + b"\n\n")
-            return
+    async def error(self, status: int, message: str, *, kind: str) -> None:
+        """Answer with an error and nothing else."""
         headers = [(b"content-type", b"application/json")]
         if status == 503:
             headers.append((b"retry-after", b"%d" % _RETRY_AFTER_S))
-        await self.whole(status, headers, body)
+        await self.whole(status, headers, _json.dumps(error_body(status, message, kind=kind)))
+
+    async def error_event(self, status: int, message: str, *, kind: str) -> None:
+        """End a stream that has begun with an error as its last event, and without [DONE]."""
+        body = _json.dumps(error_body(status, message, kind=kind))
+        await self.finish((b"" if self._ends_event else b"\n\n") + b"data: " + body + b"\n\n")

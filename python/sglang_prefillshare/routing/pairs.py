@@ -24,8 +24,9 @@ from sglang_prefillshare.errors import ConfigError
 from sglang_prefillshare.protocol import Role, WorkerInfo
 from sglang_prefillshare.routing import _json
 from sglang_prefillshare.routing.app import Router
+from sglang_prefillshare.routing.attempt import Accounting
 from sglang_prefillshare.routing.config import RouterConfig
-from sglang_prefillshare.routing.dispatch import Call, Dispatcher
+from sglang_prefillshare.routing.legs import Legs
 from sglang_prefillshare.routing.request import ClientRequest, Pairing
 from sglang_prefillshare.routing.workers import Status, Verdict, Worker, WorkerPool
 
@@ -114,18 +115,19 @@ def _verdict(worker: Worker) -> Verdict:
     return Verdict(Status.READY, None)
 
 
-class PairDispatcher(Dispatcher):
+class PairLegs(Legs):
     """Both legs get what the client sent, as stock SGLang wants it, and prefill's answer says what it found."""
 
     def prefill_body(self, request: ClientRequest, *, base_model: str, pairing: Pairing) -> bytes:
         return _json.dumps({**request.body, "stream": False, **pairing.fields(request.batch_size)})
 
-    def account(self, call: Call, response: aiohttp.ClientResponse, answer: bytes) -> None:
+    def account(self, response: aiohttp.ClientResponse, answer: bytes) -> Accounting:
         try:
-            call.prefill_tokens, call.cached_tokens = _counts(_json.loads(answer))
+            prefill_tokens, cached_tokens = _counts(_json.loads(answer))
         except (ValueError, KeyError, TypeError):
-            return  # the call is served all the same
-        call.cross_model_cached_tokens = 0  # a model finds what it computed itself, or nothing
+            return Accounting()  # the call is served all the same
+        # A model finds what it computed itself, or nothing.
+        return Accounting(prefill_tokens, cached_tokens, cross_model_cached_tokens=0)
 
 
 def _counts(answer: Any) -> tuple[int, int]:
@@ -142,7 +144,7 @@ class PairRouter(Router):
 
     config: PairsConfig
     pool_type = PairPool
-    dispatcher_type = PairDispatcher
+    legs_type = PairLegs
 
 
 @click.command(help="Route to stock prefill and decode workers, a pair or more for each model.")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -26,6 +27,32 @@ class Outcome(StrEnum):
     TIMEOUT = "timeout"
     CANCELLED = "cancelled"  # the router was made to stop at once
     INTERNAL = "internal"  # a bug of ours
+
+
+@dataclass(slots=True)
+class Timings:
+    """When what happened to a call: `started_at` by the clock on the wall, the rest by `time.perf_counter`; `None` is
+    not yet, or never."""
+
+    started_at: float = field(default_factory=time.time)
+    began_s: float = field(default_factory=time.perf_counter)
+    received_s: float | None = None  # its body was read
+    sent_s: float | None = None  # its last leg was sent off
+    first_byte_s: float | None = None  # of a stream
+    answered_s: float | None = None  # decode's answer was read to its end
+
+    @property
+    def overhead_ms(self) -> float | None:
+        return None if self.sent_s is None or self.received_s is None else (self.sent_s - self.received_s) * 1000
+
+    @property
+    def ttft_ms(self) -> float | None:
+        return None if self.first_byte_s is None else (self.first_byte_s - self.began_s) * 1000
+
+    @property
+    def e2e_ms(self) -> float:
+        """Until decode's answer, or until now."""
+        return ((self.answered_s if self.answered_s is not None else time.perf_counter()) - self.began_s) * 1000
 
 
 @dataclass(frozen=True, slots=True)

@@ -180,7 +180,7 @@ def _base_verdict(info: WorkerInfo, *, reference: str | None, pool: Sequence[Wor
 
 
 class Leg:
-    """One half of a request on its worker. `dispatch` counts it from the moment its worker is chosen, so that requests
+    """One half of a request on its worker. `legs` counts it from the moment its worker is chosen, so that requests
     that arrive together see each other; `fail` ends it from outside."""
 
     __slots__ = ("is_complete", "lost_reason", "task", "tokens")

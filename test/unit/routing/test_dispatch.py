@@ -2,12 +2,14 @@
 
 import asyncio
 import dataclasses
+import gc
 import json
 import random
 
 import pytest
 
 from sglang_prefillshare.protocol import MODULE_HEADER
+from sglang_prefillshare.routing.request import ClientRequest
 from test.unit.routing.routing_harness import STREAM, TRANSFER_FAILED, WHOLE, run, running_system, until
 
 TRANSFER_FAILED_MESSAGE = json.loads(TRANSFER_FAILED)["error"]["message"]
@@ -909,5 +911,24 @@ def test_arrays_inside_arrays_are_refused_and_not_a_failure_of_ours():
                 raw = b'{"model": "planner", "messages": ' + b"[" * depth + b"]" * depth + b"}"
                 answer = await system.post("/v1/chat/completions", raw)
                 assert answer.status == 400 and "deep" in answer.error, answer
+
+    run(scenario())
+
+
+def test_what_a_served_request_held_is_freed_without_the_garbage_collector():
+    """Prompts are large, and a cycle among the objects of a call would keep them until the next full collection."""
+
+    async def scenario():
+        async with running_system(poll_interval_s=30.0) as system:
+            for stream in (False, True):
+                await system.chat(stream=stream)
+            gc.collect()
+            gc.disable()
+            try:
+                for stream in (False, True) * 5:
+                    assert (await system.chat(stream=stream)).status == 200
+                await until(lambda: sum(isinstance(held, ClientRequest) for held in gc.get_objects()) <= 1)
+            finally:
+                gc.enable()
 
     run(scenario())
