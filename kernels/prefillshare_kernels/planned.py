@@ -16,7 +16,7 @@ import triton
 
 from prefillshare_kernels import rows
 from prefillshare_kernels.pool import KVPool
-from prefillshare_kernels.rows import LARGE, SMALL, SMALL_COPY_BYTES, Launch, Paged, Tuning, grid_of, plan, run
+from prefillshare_kernels.rows import LARGE, SMALL, Launch, Paged, Tuning, grid_of, plan, run, tuning_for
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class PlannedCopy:
         memory of the host. It must not change until the copy has run. `stream` is a CUDA stream's handle, by default
         the current one's; the pools' device is the current device. Neither the lists nor `count` are checked here.
         """
-        variant = self._small if count * self._page_bytes <= SMALL_COPY_BYTES else self._large
+        variant = self._small if tuning_for(count * self._page_bytes) is SMALL else self._large
         tokens, launch = count * self._page_size, variant.launch
         grid = grid_of(tokens, self._buffer_count, variant.tokens_per_tile, variant.column_blocks, variant.tuning)
         if variant.kernel is not None:

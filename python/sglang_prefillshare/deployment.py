@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self, TextIO
 
-from sglang_prefillshare.config import ArgValue, DecodeModule, RouterSettings, Topology, WorkerSettings, flags_of
+from sglang_prefillshare.config import ArgValue, RouterSettings, Topology, WorkerSettings, flags_of
 from sglang_prefillshare.errors import ConfigError, HandoffError, WorkerError
 from sglang_prefillshare.handoff import proof
 from sglang_prefillshare.preload import Preloader
@@ -555,48 +555,33 @@ def plan_topology(
     """The workers, base first, and the router, each with its ports, command and environment."""
     plans: list[WorkerPlan] = []
     base_args = {"prefill-share-role": Role.PREFILL.value, "served-model-name": BASE_NAME}
-    groups: list[tuple[str, DecodeModule | None, WorkerSettings]] = [(BASE_NAME, None, topology.base)]
-    groups += [(module.name, module, module.settings) for module in topology.decode]
-    for name, module, settings in groups:
-        own_args = base_args if module is None else _decode_args(module, topology.base.model)
-        for index in range(settings.workers):
-            plans.append(
-                plan_worker(
-                    topology,
-                    settings,
-                    name=name if settings.workers == 1 else f"{name}.{index}",
-                    role=Role.PREFILL if module is None else Role.DECODE,
-                    module=None if module is None else module.name,
-                    own_args=own_args,
-                    ready_paths=(WORKER_INFO_PATH, "/health"),
-                    index=index,
-                    ports=ports,
-                    options=options,
-                    is_cpu_host=is_cpu_host,
-                    environ=environ,
-                )
-            )
+    groups: list[tuple[str, Role, WorkerSettings, Mapping[str, ArgValue]]] = [
+        (BASE_NAME, Role.PREFILL, topology.base, base_args)
+    ]
+    for module in topology.decode:
+        own_args = _decode_args(topology, served_name=module.name)
+        groups.append((module.name, Role.DECODE, module.settings, own_args))
     if topology.adapters:
-        plan = plan_worker(
-            topology,
-            replace(topology.base, workers=1),
-            name=ADAPTERS_NAME,
-            role=Role.DECODE,
-            module=ADAPTERS_NAME,
-            own_args={
-                "prefill-share-role": Role.DECODE.value,
-                "prefill-share-base": topology.base.model,
-                "served-model-name": BASE_NAME,
-                "lora-paths": _lora_paths(topology),
-            },
-            ready_paths=(WORKER_INFO_PATH, "/health"),
-            index=0,
-            ports=ports,
-            options=options,
-            is_cpu_host=is_cpu_host,
-            environ=environ,
-        )
-        plans.append(replace(plan, adapters=tuple(adapter.name for adapter in topology.adapters)))
+        own_args = {**_decode_args(topology, served_name=BASE_NAME), "lora-paths": _lora_paths(topology)}
+        groups.append((ADAPTERS_NAME, Role.DECODE, replace(topology.base, workers=1), own_args))
+    for name, role, settings, told in groups:
+        for index in range(settings.workers):
+            plan = plan_worker(
+                topology,
+                settings,
+                name=name if settings.workers == 1 else f"{name}.{index}",
+                role=role,
+                module=None if role is Role.PREFILL else name,
+                own_args=told,
+                ready_paths=(WORKER_INFO_PATH, "/health"),
+                index=index,
+                ports=ports,
+                options=options,
+                is_cpu_host=is_cpu_host,
+                environ=environ,
+            )
+            adapters = tuple(adapter.name for adapter in topology.adapters) if name == ADAPTERS_NAME else ()
+            plans.append(replace(plan, adapters=adapters))
     return plans, plan_router(topology, plans, ports=ports, options=options, environ=environ)
 
 
@@ -717,11 +702,11 @@ def plan_worker(
     )
 
 
-def _decode_args(module: DecodeModule, base_model: str) -> dict[str, str]:
+def _decode_args(topology: Topology, *, served_name: str) -> dict[str, ArgValue]:
     return {
         "prefill-share-role": Role.DECODE.value,
-        "prefill-share-base": base_model,
-        "served-model-name": module.name,
+        "prefill-share-base": topology.base.model,
+        "served-model-name": served_name,
     }
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from sglang_prefillshare.deployment import Deployment
-from test.support.models import make_base, make_decode_module, make_equal_module
+from test.support.models import make_adapter, make_base, make_decode_module, make_equal_module
+from test.support.oracle import Oracle
 from test.support.servers import deploy, launch_server, topology
 
 
@@ -33,6 +34,24 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         coder=make_decode_module(folder / "coder", base, seed=3),
         twin=make_equal_module(folder / "twin", base),
     )
+
+
+@pytest.fixture(scope="session")
+def adapters(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Three modules that are adapters on the base: of other ranks, on other products."""
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        "planner": make_adapter(folder / "planner", models.base, seed=2),
+        "coder": make_adapter(folder / "coder", models.base, seed=3, rank=8, targets=("q_proj", "v_proj")),
+        "reviewer": make_adapter(
+            folder / "reviewer", models.base, seed=4, rank=2, targets=("o_proj", "gate_proj", "up_proj")
+        ),
+    }
+
+
+@pytest.fixture(scope="session")
+def adapter_oracles(models: Models, adapters: dict[str, Path]) -> dict[str, Oracle]:
+    return {name: Oracle(models.base, models.base, adapter=folder) for name, folder in adapters.items()}
 
 
 @pytest.fixture(scope="session")

@@ -14,29 +14,12 @@ from sglang_prefillshare.config import AdapterModule, Topology, WorkerSettings
 from sglang_prefillshare.deployment import Deployment
 from test.e2e.conftest import Models
 from test.support.device import WORKER_ARGS
-from test.support.models import make_adapter, sample_prompt
+from test.support.models import sample_prompt
 from test.support.oracle import Oracle, clear_prompt
 from test.support.servers import deploy, greedy, handoff_counts, post, session, until_idle
 
 NEW_TOKENS = 12
 LENGTHS = (1, 2, 3, 17, 65, 300, 900)
-
-
-@pytest.fixture(scope="module")
-def adapters(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("adapters")
-    return {
-        "planner": make_adapter(folder / "planner", models.base, seed=2),
-        "coder": make_adapter(folder / "coder", models.base, seed=3, rank=8, targets=("q_proj", "v_proj")),
-        "reviewer": make_adapter(
-            folder / "reviewer", models.base, seed=4, rank=2, targets=("o_proj", "gate_proj", "up_proj")
-        ),
-    }
-
-
-@pytest.fixture(scope="module")
-def oracles(models: Models, adapters: dict[str, Path]) -> dict[str, Oracle]:
-    return {name: Oracle(models.base, models.base, adapter=folder) for name, folder in adapters.items()}
 
 
 @pytest.fixture(scope="module")
@@ -69,15 +52,17 @@ def ask_all(deployment: Deployment, jobs: list[tuple[str, list[int]]]) -> list[l
 
 
 def test_answers_equal_the_oracle_in_batches_of_three_modules(
-    deployment: Deployment, oracles: dict[str, Oracle]
+    deployment: Deployment, adapter_oracles: dict[str, Oracle]
 ) -> None:
-    jobs = [(name, clear_prompt(oracles[name], n, NEW_TOKENS, seed=n)) for n in LENGTHS for name in oracles]
+    jobs = [
+        (name, clear_prompt(adapter_oracles[name], n, NEW_TOKENS, seed=n)) for n in LENGTHS for name in adapter_oracles
+    ]
     for (module, prompt), answer in zip(jobs, ask_all(deployment, jobs), strict=True):
-        oracles[module].check(prompt, answer, NEW_TOKENS)
+        adapter_oracles[module].check(prompt, answer, NEW_TOKENS)
 
 
 def test_what_one_module_fetched_the_next_finds_and_what_it_generated_nobody(
-    deployment: Deployment, oracles: dict[str, Oracle]
+    deployment: Deployment, adapter_oracles: dict[str, Oracle]
 ) -> None:
     """One prompt for three modules, and then a prompt that goes on as the first one's answer did."""
 
@@ -92,18 +77,22 @@ def test_what_one_module_fetched_the_next_finds_and_what_it_generated_nobody(
         [answer] = ask_all(deployment, [(module, prompt)])
         return asyncio.run(counted()) - before, answer
 
-    prompt = clear_prompt(oracles["planner"], 161, NEW_TOKENS, seed=11)
-    found = [moved_tokens(module, prompt) for module in oracles]
+    prompt = clear_prompt(adapter_oracles["planner"], 161, NEW_TOKENS, seed=11)
+    found = [moved_tokens(module, prompt) for module in adapter_oracles]
     assert [moved for moved, _ in found] == [160, 0, 0]
     assert len({tuple(answer) for _, answer in found}) == 3
     longer = [*prompt, *found[0][1], *sample_prompt(5, seed=12)]
     moved, answer = moved_tokens("planner", longer)
     assert moved == len(longer) - 1 - 160
-    oracles["planner"].check(longer, answer, NEW_TOKENS)
+    adapter_oracles["planner"].check(longer, answer, NEW_TOKENS)
 
 
 def test_modules_are_asked_for_by_name_and_come_and_go(
-    deployment: Deployment, models: Models, adapters: dict[str, Path], oracles: dict[str, Oracle], tmp_path: Path
+    deployment: Deployment,
+    models: Models,
+    adapters: dict[str, Path],
+    adapter_oracles: dict[str, Oracle],
+    tmp_path: Path,
 ) -> None:
     worker = deployment.worker("adapters")
 
@@ -129,6 +118,6 @@ def test_modules_are_asked_for_by_name_and_come_and_go(
     assert names == ["coder", "planner", "reviewer"]
     assert loaded.status == 200 and unloaded.status == 200
     assert unmarked.status == 400 and "prefillshare.json" in str(unmarked.body)
-    prompt = clear_prompt(oracles["coder"], 40, NEW_TOKENS, seed=13)
+    prompt = clear_prompt(adapter_oracles["coder"], 40, NEW_TOKENS, seed=13)
     [answer] = ask_all(deployment, [("coder", prompt)])
-    oracles["coder"].check(prompt, answer, NEW_TOKENS)
+    adapter_oracles["coder"].check(prompt, answer, NEW_TOKENS)

@@ -30,27 +30,9 @@ class Unified(NamedTuple):
     oracles: dict[str, Oracle]
 
 
-@pytest.fixture(scope="module")
-def adapters(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Of other ranks, on other products."""
-    folder = tmp_path_factory.mktemp("adapters")
-    return {
-        "planner": make_adapter(folder / "planner", models.base, seed=2),
-        "coder": make_adapter(folder / "coder", models.base, seed=3, rank=8, targets=("q_proj", "v_proj")),
-        "reviewer": make_adapter(
-            folder / "reviewer", models.base, seed=4, rank=2, targets=("o_proj", "gate_proj", "up_proj")
-        ),
-    }
-
-
-@pytest.fixture(scope="module")
-def oracles(models: Models, adapters: dict[str, Path]) -> dict[str, Oracle]:
-    return {name: Oracle(models.base, models.base, adapter=folder) for name, folder in adapters.items()}
-
-
 @pytest.fixture(scope="module", params=LAYOUTS)
 def unified(
-    request: pytest.FixtureRequest, models: Models, adapters: dict[str, Path], oracles: dict[str, Oracle]
+    request: pytest.FixtureRequest, models: Models, adapters: dict[str, Path], adapter_oracles: dict[str, Oracle]
 ) -> Iterator[Unified]:
     """Chunks of 64 tokens, a pool of not much more than one long context, and now and then a retraction.
 
@@ -65,13 +47,13 @@ def unified(
             WorkerSettings(str(models.base), args=WORKER_ARGS | args, env=env), (), adapters=modules, is_unified=True
         )
         with deploy(described) as deployment:
-            yield Unified(deployment.url, page_size, oracles)
+            yield Unified(deployment.url, page_size, adapter_oracles)
         return
     words = [f"--{name}={value}" for name, value in args.items()]
     words += ["--prefill-share-role", "unified"]
     words += ["--lora-paths", *(f"{name}={folder}" for name, folder in adapters.items())]
     with launch_server(models.base, words, env) as url:
-        yield Unified(url, page_size, oracles)
+        yield Unified(url, page_size, adapter_oracles)
 
 
 async def ask(client: aiohttp.ClientSession, url: str, module: str, body: dict[str, Any]) -> Answer:
