@@ -416,7 +416,7 @@ class WorkerPool:
                     self.missed(worker, f"answered {status} at {WORKER_INFO_PATH}")
                     return
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            self.missed(worker, f"does not answer: {str(error) or type(error).__name__}")
+            self.missed(worker, f"does not answer: {str(error) or type(error).__name__}", is_refused=_is_refused(error))
             return
         except WorkerError as error:
             problem = str(error)
@@ -465,11 +465,12 @@ class WorkerPool:
         worker.is_silent.set()
         self._judge_all()
 
-    def missed(self, worker: Worker, why: str) -> None:
-        """Note that a worker was not reached; after some misses it is down, and its legs fail."""
+    def missed(self, worker: Worker, why: str, *, is_refused: bool = False) -> None:
+        """Note that a worker was not reached; after some misses it is down, and its legs fail. One at which nobody
+        listens (`is_refused`) is sent nothing more from the first on, as in `connection_refused`."""
         worker.misses += 1
         worker.is_silent.set()
-        if worker.misses >= self._config.poll_misses_until_down or not worker.was_seen:
+        if is_refused or worker.misses >= self._config.poll_misses_until_down or not worker.was_seen:
             worker.lost = why
         self._judge_all()
         if worker.misses >= self._config.poll_misses_until_down:
@@ -492,6 +493,10 @@ class WorkerPool:
             if verdict.status is not was:
                 level = logging.INFO if verdict.status in (Status.READY, Status.STARTING) else logging.WARNING
                 logger.log(level, "%s: %s -> %s%s", worker.label, was, verdict.status, _because(verdict.reason))
+
+
+def _is_refused(error: Exception) -> bool:
+    return isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, ConnectionRefusedError)
 
 
 def _because(reason: str | None) -> str:

@@ -440,6 +440,19 @@ def test_a_prefill_worker_that_answers_polls_again_is_not_lost():
     run(scenario())
 
 
+def test_a_worker_at_which_nobody_listens_is_sent_nothing_more_after_one_poll():
+    async def scenario():
+        async with running_system(poll_misses_until_down=1000) as system:
+            worker = system.router.pool.decode["planner"][0]
+            await system.decode["planner"][0].stop()
+            await until(lambda: not worker.is_ready)
+            await system.decode["planner"][0].start()
+            await until(lambda: worker.is_ready)
+            assert (await system.chat()).status == 200
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_failed_transfer_after_prefill_answered_is_told_at_once(stream):
     async def scenario():
