@@ -1,6 +1,6 @@
 # `make` lists what there is to do.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu soak fuzz figure2 table1 lint fmt bench-training bench-handoff bench-router bench-idle bench-serving bench-gpu bench-smoke clean
+.PHONY: help setup demo demo-disaggregated test test-slow test-gpu soak fuzz figure2 table1 lint fmt bench-training bench-handoff bench-router bench-idle bench-serving bench-gpu bench-smoke clean
 
 PYTHON := .venv/bin/python
 # Several processes of several OpenMP threads each stall one another on a small machine.
@@ -12,8 +12,11 @@ help: ## List the targets
 setup: ## Create .venv for this machine (CPU or CUDA; PREFILLSHARE_STACK chooses)
 	@scripts/setup.sh
 
-demo: setup ## Watch planner, coder and reviewer answer over one context that their base prefilled once
+demo: setup ## Watch planner, coder and reviewer, adapters in one server, answer over one context prefilled once
 	@$(PYTHON) examples/demo/run.py
+
+demo-disaggregated: setup ## The same with a worker for the base, one for each module, and the router
+	@$(PYTHON) examples/demo/run.py --disaggregated --out out/demo-disaggregated
 
 test: setup ## Run the tests, on real SGLang servers with tiny models (under 20 minutes on two cores)
 	@$(PYTHON) -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu" test

@@ -46,11 +46,14 @@ class Verdict:
 
 
 class Oracle:
-    """A base and decode modules in float32. Keeps the base's KV from call to call, and of it what is still a prefix."""
+    """A base and decode modules, whole or adapters of it, in float32.
+
+    Keeps the base's KV from call to call, and of it what is still a prefix.
+    """
 
     def __init__(self, base: Path | str, modules: Mapping[str, Path | str]) -> None:
         self._base = _load(base)
-        self._modules = {name: _load(path) for name, path in modules.items()}
+        self._modules = {name: _load_module(path, base) for name, path in modules.items()}
         self._cache: DynamicCache | None = None
         self._cached_ids: list[int] = []
 
@@ -119,6 +122,15 @@ def _load(path: Path | str) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def _load_module(path: Path | str, base: Path | str) -> PreTrainedModel:
+    if not (Path(path) / "adapter_config.json").is_file():
+        return _load(path)
+    from peft import PeftModel
+
+    adapted: PreTrainedModel = PeftModel.from_pretrained(_load(base), path).merge_and_unload()
+    return adapted.eval()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -6,6 +6,7 @@ agent reads the whole conversation so far; its answer is appended, or what the s
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,8 @@ class Call:
 
     `prompt_ids` and `answer_ids` are exact: what the workers read and chose. `log_probs` holds the module's
     log-probability of each chosen token, where the client was told. `rid` finds the call in the router's log.
+    `cached_tokens` is what the answering server says it found of the prompt; `ttft_ms` and `e2e_ms` are by the client's
+    clock.
     """
 
     client: str
@@ -84,6 +87,9 @@ class Call:
     answer_ids: tuple[int, ...]
     answer: str
     log_probs: tuple[float, ...] | None = None
+    cached_tokens: int | None = None
+    ttft_ms: float | None = None
+    e2e_ms: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -96,6 +102,22 @@ class Call:
             "answer": self.answer,
             "log_probs": None if self.log_probs is None else list(self.log_probs),
         }
+
+
+class Stopwatch:
+    """Times one call, from its making."""
+
+    def __init__(self) -> None:
+        self._began_s = time.perf_counter()
+        self.ttft_ms: float | None = None
+
+    def text_came(self) -> None:
+        if self.ttft_ms is None:
+            self.ttft_ms = self.elapsed_ms
+
+    @property
+    def elapsed_ms(self) -> float:
+        return (time.perf_counter() - self._began_s) * 1000
 
 
 def play(script: Script, answers: Iterator[Call], *, on_step: Callable[[Step], None]) -> list[Call]:

@@ -93,6 +93,39 @@ def figures(call: Call, record: Mapping[str, Any]) -> CallFigures:
     )
 
 
+def own_figures(calls: Sequence[Call]) -> list[CallFigures]:
+    """The figures of calls that one server answered: it says what it found, and times are the clients'.
+
+    Whose the found tokens were follows from the calls before: the first whose prompt had them, in its place, made the
+    base compute them.
+    """
+    first_of: dict[int, Any] = {}
+    found = []
+    for call in calls:
+        if call.cached_tokens is None or call.ttft_ms is None or call.e2e_ms is None:
+            raise PrefillShareError(f"the server's answer to {call.rid} does not say what it found, or had no text.")
+        node, foreign = first_of, 0
+        for index, token in enumerate(call.prompt_ids[:-1]):
+            model, below = node.setdefault(token, (call.model, {}))
+            foreign += index < call.cached_tokens and model != call.model
+            node = below
+        found.append(
+            CallFigures(
+                client=call.client,
+                turn=call.turn,
+                model=call.model,
+                prompt_tokens=len(call.prompt_ids),
+                prefill_tokens=len(call.prompt_ids) - 1,
+                cached_tokens=call.cached_tokens,
+                cross_model_cached_tokens=foreign,
+                answer_tokens=len(call.answer_ids),
+                ttft_ms=call.ttft_ms,
+                e2e_ms=call.e2e_ms,
+            )
+        )
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class SessionFigures:
     """One session's cost: what prefill computed for it, and how long its context is at the last call."""

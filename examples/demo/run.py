@@ -3,7 +3,8 @@
     python examples/demo/run.py
 
 Serves SmolLM2-135M-Instruct as the base, and planner, coder and reviewer as its decode modules, which were trained to
-read its KV (`models.py`). A program in SGLang's frontend language then lets them answer requests about lists, one after
+read its KV (`models.py`): adapters in one server, or with --disaggregated a worker for the base, one for each module,
+and the router. A program in SGLang's frontend language then lets them answer requests about lists, one after
 another; a second conversation goes through the `openai` client. Prints what was reused and how many answers are what
 the request wants, and lets plain Transformers check every token. Writes report.json and transcript.json to the folder
 --out; Ctrl-C ends everything at any time.
@@ -20,8 +21,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.parse
-import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,20 +35,18 @@ from rich.text import Text
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as a script, too, the demo is the package examples.demo
 
 from examples.demo.exercises import Request, draw_request
-from examples.demo.models import BASE_NAME, prepare_models
+from examples.demo.models import BASE_NAME
 from examples.demo.oracle import NOISE
 from examples.demo.program import Call, OnText, Script, Step, is_right, play, rounds_script
 from examples.demo.report import (
     CallFigures,
     HandoffFigures,
     computed_without_sharing,
-    figures,
-    handoff_figures,
     sessions,
     table,
 )
-from examples.demo.rounds import ROLES, SYSTEM, messages_of
-from sglang_prefillshare.config import ArgValue, DecodeModule, Topology, WorkerSettings
+from examples.demo.rounds import SYSTEM, messages_of
+from examples.demo.servers import figures_of, handoffs, memory_bytes, prepare, topology
 from sglang_prefillshare.deployment import (
     Deployment,
     DeploymentOptions,
@@ -61,9 +58,7 @@ from sglang_prefillshare.deployment import (
 from sglang_prefillshare.display import Display
 from sglang_prefillshare.errors import ConfigError, PrefillShareError
 
-KV_POOL_TOKENS: Final = 16384
 REQUESTS_SEED: Final = "demo"
-RECORD_TIMEOUT_S: Final = 10.0
 EXIT_INTERRUPTED: Final = 130
 MODULE_STYLES: Final = {"planner": "cyan", "coder": "green", "reviewer": "magenta"}
 
@@ -77,7 +72,12 @@ class Settings:
     turns: int
     max_new_tokens: int
     dtype: str
+    disaggregated: bool
     keep_serving: bool
+
+    @property
+    def is_unified(self) -> bool:
+        return not self.disaggregated
 
 
 @click.command(help=__doc__.split("\n\n", 1)[0])
@@ -96,6 +96,7 @@ class Settings:
     show_default="float32, on a GPU bfloat16",
     help="Of weights and KV. float32 is exact enough to compare every token.",
 )
+@click.option("--disaggregated", is_flag=True, help="A base worker, a worker per module with merged weights, a router.")
 @click.option("--keep-serving", is_flag=True, help="Go on serving afterwards, until Ctrl-C.")
 @click.pass_context
 def main(context: click.Context, **options: Any) -> None:
@@ -158,6 +159,9 @@ class Outcome:
     """What the demo found out, in the order in which it does."""
 
     requests: dict[str, list[Request]]
+    server_count: int = 1
+    start_s: float = 0.0
+    memory_bytes: int = 0
     calls: list[Call] = field(default_factory=list)
     figures: list[CallFigures] = field(default_factory=list)
     handoffs: HandoffFigures = field(default_factory=HandoffFigures)
@@ -178,6 +182,9 @@ class Outcome:
             "computed_prompt_tokens": sum(session.computed_prompt_tokens for session in by_session),
             "final_context_tokens": sum(session.final_context_tokens for session in by_session),
             "computed_without_sharing": computed_without_sharing(self.calls),
+            "servers": self.server_count,
+            "start_s": round(self.start_s, 1),
+            "memory_bytes": self.memory_bytes,
             "handoff_moved_bytes": self.handoffs.moved_bytes,
             "handoff_held_bytes": self.handoffs.held_bytes,
             "oracle_checked": len(self.verdicts),
@@ -204,30 +211,37 @@ def run(settings: Settings, interrupts: Interrupts, console: Console) -> int:
     """The whole demo; returns the exit status."""
     began_s = time.monotonic()
     _introduce(console)
-    models = prepare_models(settings.models, console=console)
+    is_unified = settings.is_unified
+    models = prepare(settings.models, is_unified=is_unified, console=console)
     outcome = Outcome(requests=draw_requests(settings.turns))
     scripts = [rounds_script(own, max_new_tokens=settings.max_new_tokens) for own in outcome.requests.values()]
     settings.out.mkdir(parents=True, exist_ok=True)
     with _QuietEnding(errors_only=True) as display:
-        display.say("Starting base, planner, coder, reviewer and router (about a minute on two cores) ...")
+        what = "one server with all of them" if is_unified else "base, planner, coder, reviewer and router"
+        display.say(f"Starting {what} (up to a minute on two cores) ...")
         options = DeploymentOptions(log_dir=settings.out / "logs")
-        deployment = Deployment(topology(models, dtype=settings.dtype), options=options, observer=display)
+        described = topology(models, dtype=settings.dtype, is_unified=is_unified)
+        deployment = Deployment(described, options=options, observer=display)
+        starting_s = time.monotonic()
         with interrupts.told_to(deployment), deployment:
+            outcome.start_s = time.monotonic() - starting_s
+            outcome.server_count = len(deployment.workers) + (deployment.router is not None)
             with interrupts.raised():
                 try:
-                    outcome.calls = _converse(deployment.router_url, models, scripts, console)
+                    outcome.calls = _converse(deployment.url, models, scripts, console)
                 except Exception:
                     deployment.check()  # a worker that ended is the cause, and says more
                     raise
                 finally:
                     console.print()
-                outcome.handoffs = handoffs(deployment.router_url)
-                outcome.figures = [figures(call, record(deployment.router_url, call.rid)) for call in outcome.calls]
+                outcome.memory_bytes = memory_bytes()
+                outcome.handoffs = handoffs(deployment.url, is_unified=is_unified)
+                outcome.figures = figures_of(outcome.calls, deployment.url, is_unified=is_unified)
                 _show_figures(outcome, settings, console)
             if settings.keep_serving:
                 with interrupts.raised():
                     status = _finish(outcome, models, settings, console, began_s)
-                _tell_how_to_talk(deployment.router_url, console)
+                _tell_how_to_talk(deployment.url, console, is_unified=is_unified)
                 with contextlib.suppress(StopRequestedError):
                     deployment.wait()
                 return status
@@ -241,38 +255,6 @@ def draw_requests(turns: int) -> dict[str, list[Request]]:
     return {client: [draw_request(generator, "test") for _ in range(turns)] for client in ("frontend", "openai")}
 
 
-def topology(models: Mapping[str, Path], *, dtype: str) -> Topology:
-    """One base worker, one worker of each decode module, and the router, each at a free port."""
-    args: dict[str, ArgValue] = {"dtype": dtype, "max-total-tokens": KV_POOL_TOKENS}
-    return Topology(
-        base=WorkerSettings(str(models["base"]), args=args),
-        decode=tuple(DecodeModule(role, WorkerSettings(str(models[role]), args=args)) for role in ROLES),
-    )
-
-
-def handoffs(router_url: str) -> HandoffFigures:
-    """What the decode workers' handoffs moved so far, and what they held already, as the router sums it up."""
-    with urllib.request.urlopen(f"{router_url}/metrics", timeout=30) as response:
-        return handoff_figures(response.read().decode())
-
-
-def record(router_url: str, rid: str) -> Mapping[str, Any]:
-    """The router's record of one call.
-
-    A client that stops reading at [DONE] is ahead of the router by a moment, and of the base by a little more when
-    the answer was short: then the record is waited for.
-    """
-    deadline = time.monotonic() + RECORD_TIMEOUT_S
-    while True:
-        with urllib.request.urlopen(f"{router_url}/calls?rid={urllib.parse.quote(rid)}", timeout=30) as response:
-            records: list[dict[str, Any]] = json.load(response)["calls"]
-        if records:
-            return records[-1]
-        if time.monotonic() > deadline:
-            raise PrefillShareError(f"the router still has no record of call {rid} after {RECORD_TIMEOUT_S:g} s.")
-        time.sleep(0.05)
-
-
 def _introduce(console: Console) -> None:
     console.print(Text("PrefillShare: one prefill, several models\n", style="bold"))
     console.print(
@@ -282,7 +264,7 @@ def _introduce(console: Console) -> None:
     )
 
 
-def _converse(router_url: str, models: Mapping[str, Path], scripts: Sequence[Script], console: Console) -> list[Call]:
+def _converse(url: str, models: Mapping[str, Path], scripts: Sequence[Script], console: Console) -> list[Call]:
     console.print(Text("\nLoading SGLang's frontend language ...", style="dim"))
     from transformers import AutoTokenizer
 
@@ -292,10 +274,10 @@ def _converse(router_url: str, models: Mapping[str, Path], scripts: Sequence[Scr
     show = _Speech(console)
     first, second = scripts
     console.print("\nIn SGLang's frontend language:", style="bold")
-    answers = frontend.run(first, show.text, router_url=router_url, tokenize=lambda text: tokenizer(text).input_ids)
+    answers = frontend.run(first, show.text, url=url, tokenize=lambda text: tokenizer(text).input_ids)
     calls = play(first, answers, on_step=show.step)
     console.print("\n\nThrough the openai client, streaming:", style="bold")
-    calls += play(second, chat.run(second, show.text, router_url=router_url), on_step=show.step)
+    calls += play(second, chat.run(second, show.text, url=url), on_step=show.step)
     return calls
 
 
@@ -337,11 +319,15 @@ def _show_figures(outcome: Outcome, settings: Settings, console: Console) -> Non
             f"{session.final_context_tokens:,} tokens at the last call"
         )
     console.print(f"{report['right']} of {len(outcome.calls)} answers are what the request wants.")
-    moved, held = (size / 1e6 for size in (outcome.handoffs.moved_bytes, outcome.handoffs.held_bytes))
-    console.print(
-        f"Of the KV that they read, the decode workers fetched {moved:,.0f} MB and held {held:,.0f} MB already."
-    )
-    console.print()
+    if settings.is_unified:
+        console.print("All read the base's KV where it lies: nothing was handed over.")
+    else:
+        moved, held = (size / 1e6 for size in (outcome.handoffs.moved_bytes, outcome.handoffs.held_bytes))
+        console.print(
+            f"Of the KV that they read, the decode workers fetched {moved:,.0f} MB and held {held:,.0f} MB already."
+        )
+    count = "one server" if outcome.server_count == 1 else f"{outcome.server_count} servers"
+    console.print(f"Started {count} in {outcome.start_s:.0f} s, which hold {outcome.memory_bytes / 1e9:.1f} GB.\n")
 
 
 def _finish(outcome: Outcome, models: Mapping[str, Path], settings: Settings, console: Console, began_s: float) -> int:
@@ -407,13 +393,14 @@ def _write(path: Path, value: Any) -> None:
     draft.replace(path)
 
 
-def _tell_how_to_talk(router_url: str, console: Console) -> None:
+def _tell_how_to_talk(url: str, console: Console, *, is_unified: bool) -> None:
     messages = messages_of(draw_requests(1)["openai"][0], code="", until="planner")
     body = json.dumps({"model": "planner", "messages": [{"role": "system", "content": SYSTEM}, *messages]})
+    calls = "" if is_unified else f"{url}/calls tells what each call reused. "
     console.print(
-        f"\nServing at {router_url}, models planner, coder and reviewer. For example:\n\n"
-        f"  curl {router_url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n\n"
-        f"  {router_url}/calls tells what each call reused. Ctrl-C ends it.\n",
+        f"\nServing at {url}, models planner, coder and reviewer. For example:\n\n"
+        f"  curl {url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'\n\n"
+        f"  {calls}Ctrl-C ends it.\n",
         soft_wrap=True,
         markup=False,
     )

@@ -1,4 +1,4 @@
-"""What `make demo` runs, in its smallest form and to its last line.
+"""What `make demo` and `make demo-disaggregated` run, in their smallest form and to the last line.
 
 In a folder of its own: pytest comes here before any other test has servers up, and there is room for the demo's four.
 """
@@ -16,8 +16,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(600)
-def test_one_turn_of_few_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "servers"), [((), 1), (("--disaggregated",), 5)], ids=["unified", "disaggregated"])
+def test_one_turn_of_few_tokens(tmp_path: Path, layout: tuple[str, ...], servers: int) -> None:
     command = [sys.executable, "examples/demo/run.py", "--turns", "1", "--max-new-tokens", "4", "--out", str(tmp_path)]
+    command += layout
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert json.loads((tmp_path / "report.json").read_text())["oracle_equal"] == 2 * 3
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["servers"], report["oracle_equal"]) == (servers, 2 * 3)
+    assert (report["handoff_moved_bytes"] == 0) == (servers == 1)

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from examples.demo.oracle import Oracle
 from examples.demo.program import Call, Script, Step, play
 from examples.demo.report import CallFigures, computed_without_sharing, figures, sessions
-from examples.demo.run import record
+from examples.demo.servers import record
 from sglang_prefillshare.deployment import Deployment
 from test.e2e.conftest import Models
 from test.support import oracle as reference
@@ -54,9 +54,9 @@ def demo(deployment: Deployment, models: Models) -> Demo:
         return Script(DOCUMENT, tuple(steps), max_new_tokens=8)
 
     first, second = script("Which are the first three primes?"), script("Which city is the capital of France?")
-    answers = frontend.run(first, spoken.append, router_url=url, tokenize=lambda text: tokenizer(text).input_ids)
+    answers = frontend.run(first, spoken.append, url=url, tokenize=lambda text: tokenizer(text).input_ids)
     calls = play(first, answers, on_step=steps.append)
-    calls += play(second, chat.run(second, spoken.append, router_url=url), on_step=steps.append)
+    calls += play(second, chat.run(second, spoken.append, url=url), on_step=steps.append)
     assert [(step.turn, step.model) for step in steps] == [(call.turn, call.model) for call in calls]
     assert "".join(spoken) == "".join(call.answer for call in calls)
     return Demo(calls, [figures(call, record(url, call.rid)) for call in calls])

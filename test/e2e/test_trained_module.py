@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def running(trained: tuple[Path, Path]) -> Iterator[Deployment]:
     base, planner = trained
-    with deploy(topology(base, {"planner": planner})) as deployment:  # it needs the manifest that training wrote
+    adapter = AdapterModule("planner-adapter", str(planner.with_name("adapter")))
+    described = replace(topology(base, {"planner": planner}), adapters=(adapter,))
+    with deploy(described) as deployment:  # both need the manifest that training wrote
         yield deployment
 
 
@@ -63,12 +66,13 @@ def test_a_trained_module_is_served_and_generates_what_it_does_offline(
         "training changed nothing"
     )
 
-    async def run(deployment: Deployment) -> list[list[int]]:
+    async def run(module: str) -> list[list[int]]:
         async with session() as client:
-            url = f"{deployment.router_url}/generate"
-            return [(await post(client, url, greedy(p, NEW_TOKENS, model="planner"))).token_ids for p in prompts]
+            url = f"{running.router_url}/generate"
+            return [(await post(client, url, greedy(p, NEW_TOKENS, model=module))).token_ids for p in prompts]
 
-    assert asyncio.run(run(running)) == wanted
+    assert asyncio.run(run("planner")) == wanted
+    assert asyncio.run(run("planner-adapter")) == wanted, "merged, and as an adapter on a decode worker"
 
 
 def test_its_adapter_answers_the_same_in_one_server(trained: tuple[Path, Path]) -> None:

@@ -19,6 +19,7 @@ from examples.demo.report import (
     computed_without_sharing,
     figures,
     handoff_figures,
+    own_figures,
     sessions,
 )
 from examples.demo.rounds import ROLES, Role, examples, messages_of
@@ -160,6 +161,24 @@ def test_figures_are_summed_by_session_and_the_last_call_gives_the_context() -> 
     longer = figures(call("coder", range(30)), record(prefill_tokens=29, cached_tokens=9))
     other = figures(call("coder", range(10), client="openai"), record(cached_tokens=9))
     assert sessions([first, longer, other]) == [SessionFigures("frontend", 5 + 20, 30), SessionFigures("openai", 0, 10)]
+
+
+def test_of_one_server_the_found_tokens_belong_to_the_call_that_first_had_them() -> None:
+    timed = {"ttft_ms": 1.0, "e2e_ms": 2.0}
+    calls = [
+        dataclasses.replace(call("planner", range(10)), cached_tokens=0, **timed),
+        dataclasses.replace(call("coder", range(20)), cached_tokens=9, **timed),  # 9 of planner
+        dataclasses.replace(call("coder", range(20)), cached_tokens=19, **timed),  # 9 of planner, 10 its own
+        dataclasses.replace(call("planner", range(30)), cached_tokens=12, **timed),  # of 19 only 12 were still there
+        dataclasses.replace(call("planner", range(5, 9)), cached_tokens=0, **timed),
+    ]
+    assert [each.cross_model_cached_tokens for each in own_figures(calls)] == [0, 9, 9, 3, 0]
+    assert [each.computed_tokens for each in own_figures(calls)] == [9, 10, 0, 17, 3]
+
+
+def test_an_answer_that_does_not_say_what_was_found_is_refused() -> None:
+    with pytest.raises(PrefillShareError, match="does not say what it found"):
+        own_figures([call("planner", range(10))])
 
 
 @pytest.mark.parametrize("change", [{"prefill_tokens": 10}, {"cached_tokens": None}, {"model": "planner"}])

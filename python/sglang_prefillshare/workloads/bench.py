@@ -25,12 +25,13 @@ from rich.console import Console
 from sglang_prefillshare.deployment import Deployment, Silent, default_env, has_accelerator, preloader
 from sglang_prefillshare.errors import ConfigError, WorkerError
 from sglang_prefillshare.preload import Preloader
+from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.workloads.budget import Budget, decide, told
-from sglang_prefillshare.workloads.config import Benchmark, TopologyName
+from sglang_prefillshare.workloads.config import ADAPTER_TOPOLOGIES, Benchmark, TopologyName
 from sglang_prefillshare.workloads.display import Observer, describe, terminal
 from sglang_prefillshare.workloads.machine import measure_machine, read_config, worker_dtype
 from sglang_prefillshare.workloads.measure import Measurement, Servers, measure, warm_up
-from sglang_prefillshare.workloads.models import prepare_models, token_id_range
+from sglang_prefillshare.workloads.models import ModelFolders, prepare_models, token_id_range
 from sglang_prefillshare.workloads.mps import cuda_mps
 from sglang_prefillshare.workloads.points import Point, points_of, turns_of
 from sglang_prefillshare.workloads.report import Row, point_row
@@ -44,7 +45,7 @@ class Run:
     """What all topologies of one benchmark have in common: what is asked, of which models, and who is told."""
 
     benchmark: Benchmark
-    models: Mapping[str, Path]
+    models: ModelFolders
     token_ids: tuple[int, int]
     results: Results
     observer: Observer
@@ -59,13 +60,13 @@ def run_benchmark(benchmark: Benchmark, *, console: Console | None = None, anywa
     `ConfigError` when the time does not do.
     """
     console = console or Console(stderr=True, highlight=False)
-    models = prepare_models(benchmark.models)
-    token_ids = benchmark.token_ids or token_id_range(models["base"])
+    models = prepare_models(benchmark)
+    token_ids = benchmark.token_ids or token_id_range(models.base)
     budget: Budget | None = None
-    dtype = None if has_accelerator() else worker_dtype(benchmark, read_config(models["base"]))
+    dtype = None if has_accelerator() else worker_dtype(benchmark, read_config(models.base))
     if benchmark.limits.total_s is not None and not has_accelerator():
         console.print("measuring this machine: a few products, and one worker's start", style="dim")
-        machine = measure_machine(benchmark, models, log_dir=Path(benchmark.out) / "logs" / "machine")
+        machine = measure_machine(benchmark, models.base, log_dir=Path(benchmark.out) / "logs" / "machine")
         benchmark, budget = decide(benchmark, machine, token_ids=token_ids, is_forced=anyway)
         console.print(_told(budget), soft_wrap=True)
     for workload in benchmark.workloads:
@@ -136,7 +137,7 @@ def _run_topology(run: Run, topology: TopologyName, repeats: Sequence[int]) -> N
     run.observer.on_stage(f"{topology}: starting servers")
     log_dir = run.results.folder / "logs" / topology
     deployment = make_deployment(
-        run.benchmark, topology, run.models, log_dir=log_dir, observer=Silent(), preloader=run.preloader
+        run.benchmark, topology, run.models.of(topology), log_dir=log_dir, observer=Silent(), preloader=run.preloader
     )
     started = time.monotonic()
     with running(deployment):
@@ -152,9 +153,13 @@ async def _ask(
 ) -> None:
     benchmark, observer = run.benchmark, run.observer
     async with aiohttp.ClientSession() as client:
-        servers = Servers(urls_by_agent(deployment, benchmark.models.names), Watch(deployment, client))
+        servers = Servers(
+            urls_by_agent(deployment, benchmark.models.names),
+            Watch(deployment, client),
+            are_adapters=topology in ADAPTER_TOPOLOGIES,
+        )
         observer.on_stage(f"{topology}: warming up")
-        prefill_count = sum(worker.plan.module is None for worker in deployment.workers)
+        prefill_count = sum(worker.plan.role is Role.PREFILL for worker in deployment.workers)
         try:
             await warm_up(
                 servers, session_count=2 * max(2, prefill_count), token_ids=run.token_ids, limits=benchmark.limits

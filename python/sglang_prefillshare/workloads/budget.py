@@ -142,6 +142,9 @@ def estimate(benchmark: Benchmark, machine: Machine, *, token_ids: tuple[int, in
         "shared": agents + (benchmark.workers.shared_prefill or agents),
         "isolated": 2 * agents,
         "colocated": agents,
+        "unified": 1,
+        "shared_lora": 1 + (benchmark.workers.shared_prefill or agents),
+        "stock_lora": 1,
     }
     start_s = sum(
         _STARTS_TOGETHER * machine.start_s * -(-worker_counts[name] // machine.cores)
@@ -176,7 +179,9 @@ def point_s(benchmark: Benchmark, topology: TopologyName, point: Point, machine:
     decode_s = answers * (_DECODE_OVER_PRODUCTS * step_s + _DECODE_S_PER_STEP) / batch
 
     workers = benchmark.workers
-    if workers.prefill_cores and workers.decode_cores and topology != "colocated":
+    if topology in ("unified", "stock_lora"):
+        work_s = prefill_s + decode_s  # one process, which computes in one thread
+    elif workers.prefill_cores and workers.decode_cores and topology != "colocated":
         work_s = max(prefill_s / len(workers.prefill_cores), decode_s / len(workers.decode_cores))
     else:
         work_s = (prefill_s + decode_s) / machine.cores
@@ -186,10 +191,11 @@ def point_s(benchmark: Benchmark, topology: TopologyName, point: Point, machine:
 
 def _recomputed(benchmark: Benchmark, topology: TopologyName, point: Point, *, agents: int, active: int) -> float:
     """How often a context is computed: once where it is shared, by each model where it is not, and again by each where
-    a model's pool does not hold the sessions that are active."""
-    if topology == "shared":
+    a pool does not hold the sessions that are active. One of `stock_lora` holds those of all models."""
+    if topology in ("shared", "unified", "shared_lora"):
         return 1.0
     pool = benchmark.workers.flags.get("max-total-tokens")
     room = pool if isinstance(pool, int) else CPU_POOL_TOKENS
-    holds_all = active * max(session.total_tokens for session in point.sessions) <= room
+    copies = agents if topology == "stock_lora" else 1
+    holds_all = copies * active * max(session.total_tokens for session in point.sessions) <= room
     return 0.9 * agents if holds_all else 1.5 * agents

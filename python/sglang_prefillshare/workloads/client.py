@@ -44,15 +44,20 @@ async def ask(
     url: str,
     *,
     agent: str,
+    is_adapter: bool = False,
     session: str,
     prompt: Sequence[int],
     answer_tokens: int,
     timeout_s: float,
 ) -> Answer:
-    """Ask for just `answer_tokens` greedy tokens. The answer says what failed; only `CancelledError` is raised."""
+    """Ask for just `answer_tokens` greedy tokens, of an adapter by SGLang's name for it.
+
+    The answer says what failed; only `CancelledError` is raised.
+    """
     body = _json.dumps(
         {
             "model": agent,
+            **({"lora_path": agent} if is_adapter else {}),
             "input_ids": list(prompt),
             "sampling_params": {"temperature": 0, "max_new_tokens": answer_tokens, "ignore_eos": True},
             "stream": True,

@@ -18,7 +18,9 @@ from sglang_prefillshare.errors import ConfigError
 from sglang_prefillshare.parsing import parse_yaml, read_yaml
 from sglang_prefillshare.workloads.presets import PresetName
 
-TopologyName = Literal["shared", "isolated", "colocated"]
+TopologyName = Literal["shared", "isolated", "colocated", "unified", "shared_lora", "stock_lora"]
+ADAPTER_TOPOLOGIES: Final[tuple[TopologyName, ...]] = ("unified", "shared_lora", "stock_lora")
+"""Those whose modules are LoRA adapters of the base; those of the others have weights of their own."""
 SGLANG_RESERVED_TOKENS: Final = 512
 """What decode workers keep free for new tokens unless --num-reserved-decode-tokens says otherwise."""
 TOPOLOGIES: Final[tuple[TopologyName, ...]] = get_args(TopologyName)
@@ -42,10 +44,13 @@ class RandomModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     vocab_size: int = 2048
     context_length: int = 8192
     dtype: Literal["float32", "bfloat16"] = "float32"
+    lora_rank: int = 16
+    """Of the adapters, which change every product of a layer."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "context_length"):
+        names = ("hidden_size", "intermediate_size", "layers", "heads", "kv_heads", "context_length", "lora_rank")
+        for name in names:
             _check(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         _check("vocab_size", self.vocab_size, self.vocab_size >= 300, "300 or more")
         _check("heads", self.heads, self.hidden_size % self.heads == 0, f"a divisor of hidden_size {self.hidden_size}")
@@ -53,24 +58,31 @@ class RandomModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Models(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which models: a base and a decode module for each agent, or all of them made at random."""
+    """Which models: a base and, for each agent, a decode module or an adapter or both; or all of them at random."""
 
     agents: tuple[str, ...] | dict[str, str]
     base: str | None = None
+    adapters: dict[str, str] | None = None
     random: RandomModel | None = None
 
     def __post_init__(self) -> None:
         _check("agents", self.agents, len(self.agents) >= 1, "one agent or more")
         _check("agents", self.agents, len(set(self.agents)) == len(self.agents), "each name once")
-        if self.random is not None and (self.base is not None or isinstance(self.agents, dict)):
+        is_own = self.base is not None or self.adapters is not None or isinstance(self.agents, dict)
+        if self.random is not None and is_own:
             raise ConfigError(
                 "random is given with models of your own. Keep one: random with a list of agents, or base "
-                "with agents: {NAME: MODEL}."
+                "with agents: {NAME: MODEL} or adapters: {NAME: FOLDER}."
             )
-        if self.random is None and (self.base is None or not isinstance(self.agents, dict)):
+        has_modules = isinstance(self.agents, dict) or self.adapters is not None
+        if self.random is None and (self.base is None or not has_modules):
             raise ConfigError(
-                "agents is to be {NAME: MODEL} together with base: MODEL, or a list of names together with random: {}."
+                "agents is to be {NAME: MODEL}, or adapters {NAME: FOLDER}, together with base: MODEL; or agents a "
+                "list of names together with random: {}."
             )
+        if self.adapters is not None:
+            wanted = f"the agents: {', '.join(self.names)}"
+            _check("adapters", sorted(self.adapters), set(self.adapters) == set(self.names), wanted)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -173,6 +185,9 @@ class Workers(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         default_factory=lambda: {"disaggregation-decode-enable-radix-cache": True}
     )
     colocated_args: dict[str, Flag] = {}
+    unified_args: dict[str, Flag] = {}
+    shared_lora_args: dict[str, Flag] = {}
+    stock_lora_args: dict[str, Flag] = {}
     env: dict[str, str | None] = {}
     router_args: dict[str, Flag] = {}
     shared_router_args: dict[str, Flag] = {}
@@ -227,9 +242,25 @@ class Benchmark(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         _check("workloads", labels, len(labels) > 0, "one or more")
         _check("workloads", labels, len(set(labels)) == len(labels), "different names: give each a name")
         _check("load_poll_s", self.load_poll_s, self.load_poll_s > 0, "a number of seconds above 0")
+        own = self.models.random is None
+        if own and self.has_adapters:
+            found = [name for name in self.topologies if name in ADAPTER_TOPOLOGIES]
+            _check("topologies", found, self.models.adapters is not None, "models.adapters with them")
+        if own and self.has_modules:
+            found = [name for name in self.topologies if name not in ADAPTER_TOPOLOGIES]
+            _check("topologies", found, isinstance(self.models.agents, dict), "agents: {NAME: MODEL} with them")
         if self.token_ids is not None:
             low, high = self.token_ids
             _check("token_ids", list(self.token_ids), 0 <= low < high, "[LOW, HIGH] with 0 <= LOW < HIGH")
+
+    @property
+    def has_adapters(self) -> bool:
+        return any(name in ADAPTER_TOPOLOGIES for name in self.topologies)
+
+    @property
+    def has_modules(self) -> bool:
+        """Modules with weights of their own."""
+        return any(name not in ADAPTER_TOPOLOGIES for name in self.topologies)
 
     @property
     def point_count(self) -> int:
@@ -260,16 +291,21 @@ def _finish(benchmark: Benchmark, source: str, directory: Path, changes: dict[st
         scale = changes.pop("length_scale", None)
         workloads = tuple(_with_path(workload, directory, scale) for workload in benchmark.workloads)
         models = benchmark.models
-        if isinstance(models.agents, dict):
+        if models.base is not None:
             models = msgspec.structs.replace(
                 models,
-                base=resolve_model(models.base or "", directory),
-                agents={name: resolve_model(model, directory) for name, model in models.agents.items()},
+                base=resolve_model(models.base, directory),
+                agents=_resolved(models.agents, directory) if isinstance(models.agents, dict) else models.agents,
+                adapters=None if models.adapters is None else _resolved(models.adapters, directory),
             )
         given = {name: value for name, value in changes.items() if value is not None}
         return msgspec.structs.replace(benchmark, models=models, workloads=workloads, **given)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
+
+
+def _resolved(models: dict[str, str], directory: Path) -> dict[str, str]:
+    return {name: resolve_model(model, directory) for name, model in models.items()}
 
 
 def _with_path(workload: Workload, directory: Path, scale: float | None) -> Workload:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -102,6 +102,7 @@ async def run_point(
     arrivals_s: Sequence[float],
     *,
     urls: Mapping[str, str],
+    are_adapters: bool = False,
     max_sessions: int,
     request_timeout_s: float,
     point_timeout_s: float,
@@ -123,6 +124,18 @@ async def run_point(
         connector=connector, timeout=aiohttp.ClientTimeout(total=None), read_bufsize=2**20
     ) as client:
 
+        async def ask_agent(session: Session, step: Step, context: list[int]) -> Answer:
+            return await ask(
+                client,
+                urls[step.agent],
+                agent=step.agent,
+                is_adapter=are_adapters,
+                session=session.name,
+                prompt=context,
+                answer_tokens=step.answer_tokens,
+                timeout_s=request_timeout_s,
+            )
+
         async def run(session: Session, arrival_s: float) -> None:
             await asyncio.sleep(max(0.0, arrival_s - now()))
             sample = SessionSample(session, arrived_s=arrival_s)
@@ -130,9 +143,7 @@ async def run_point(
             await cap.enter()
             try:
                 sample.admitted_s = now()
-                await _run_session(
-                    client, sample, samples, urls, request_timeout_s, now, lambda: on_progress(samples, cap.active)
-                )
+                await _run_session(sample, samples, ask_agent, now, lambda: on_progress(samples, cap.active))
                 sample.ended_s = now()
             finally:
                 cap.leave()
@@ -150,11 +161,9 @@ async def run_point(
 
 
 async def _run_session(
-    client: aiohttp.ClientSession,
     sample: SessionSample,
     samples: PointSamples,
-    urls: Mapping[str, str],
-    request_timeout_s: float,
+    ask_agent: Callable[[Session, Step, list[int]], Awaitable[Answer]],
     now: Callable[[], float],
     on_call: Callable[[], None],
 ) -> None:
@@ -165,15 +174,7 @@ async def _run_session(
         if turn == len(sample.turn_starts_s):
             sample.turn_starts_s.append(now())
         started_s = now()
-        answer = await ask(
-            client,
-            urls[step.agent],
-            agent=step.agent,
-            session=session.name,
-            prompt=context,
-            answer_tokens=step.answer_tokens,
-            timeout_s=request_timeout_s,
-        )
+        answer = await ask_agent(session, step, context)
         samples.calls.append(CallSample(session.name, turn, number, step.agent, len(context), started_s, answer))
         on_call()
         if answer.error is not None:

@@ -22,16 +22,16 @@ from sglang_prefillshare.workloads.topologies import make_deployment, running
 _REPETITIONS: Final = 5
 
 
-def measure_machine(benchmark: Benchmark, models: Mapping[str, Path], *, log_dir: Path) -> Machine:
-    """With the model, dtype and flags that the workers will have; about a minute.
+def measure_machine(benchmark: Benchmark, base: Path, *, log_dir: Path) -> Machine:
+    """With the shape of the base, and the dtype and flags that the workers will have; about a minute.
 
     Raises `ConfigError` for a model whose `config.json` does not name a transformer's usual sizes.
     """
-    config = read_config(models["base"])
-    _check_sizes(config, models["base"])
+    config = read_config(base)
+    _check_sizes(config, base)
     dtype = worker_dtype(benchmark, config)
     products = pass_seconds(config, dtype)
-    return Machine(dtype, products, start_seconds(benchmark, models, log_dir=log_dir), len(os.sched_getaffinity(0)))
+    return Machine(dtype, products, start_seconds(benchmark, base, log_dir=log_dir), len(os.sched_getaffinity(0)))
 
 
 def worker_dtype(benchmark: Benchmark, config: Mapping[str, Any]) -> str:
@@ -94,13 +94,13 @@ def _plain_product(_: Any, layer: Any, x: Any, bias: Any) -> Any:
     return functional.linear(x, layer.weight, bias)
 
 
-def start_seconds(benchmark: Benchmark, models: Mapping[str, Path], *, log_dir: Path) -> float:
-    """How long one ordinary server of the first agent's model takes from its start until it answers."""
+def start_seconds(benchmark: Benchmark, base: Path, *, log_dir: Path) -> float:
+    """How long one ordinary server of a model of this shape takes from its start until it answers."""
     agent = benchmark.models.names[0]
     one = msgspec.structs.replace(
-        benchmark, models=Models(base=str(models["base"]), agents={agent: str(models[agent])})
+        benchmark, models=Models(base=str(base), agents={agent: str(base)}), topologies=("colocated",)
     )
-    deployment = make_deployment(one, "colocated", models, log_dir=log_dir)
+    deployment = make_deployment(one, "colocated", {"base": base, agent: base}, log_dir=log_dir)
     with running(deployment):
         return deployment.workers[0].waited_s
 

@@ -21,10 +21,12 @@ _WARM_UP_ANSWER_TOKENS: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class Servers:
-    """A topology that runs: where each agent is asked, and who looks at it."""
+    """A topology that runs: where each agent is asked, and who looks at it. `are_adapters`: agents are asked for by
+    SGLang's name of an adapter."""
 
     urls: Mapping[str, str]
     watch: Watch
+    are_adapters: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +68,7 @@ async def measure(
             point.sessions,
             point.arrivals_s,
             urls=servers.urls,
+            are_adapters=servers.are_adapters,
             max_sessions=point.max_sessions,
             request_timeout_s=limits.request_s,
             point_timeout_s=limits.point_s,
@@ -111,6 +114,7 @@ async def warm_up(servers: Servers, *, session_count: int, token_ids: tuple[int,
         sessions,
         [0.0] * session_count,
         urls=servers.urls,
+        are_adapters=servers.are_adapters,
         max_sessions=session_count,
         request_timeout_s=limits.ready_s,
         point_timeout_s=limits.ready_s,

@@ -1,4 +1,4 @@
-"""Models for a benchmark: a base of any shape with random weights, and decode modules of it with weights of their own.
+"""Models for a benchmark: a base of any shape with random weights, and decode modules of it, whole or LoRA adapters.
 
 How long a forward pass takes depends on the shape and not on what the weights are, and answers have fixed lengths, so
 random weights serve for speed. Nothing is downloaded. A folder appears under its final name only when it is complete,
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +20,7 @@ from sglang_prefillshare.errors import ConfigError
 from sglang_prefillshare.files import complete_or_absent, locked
 from sglang_prefillshare.identity.fingerprint import identify_base
 from sglang_prefillshare.identity.manifest import Manifest, write_manifest
-from sglang_prefillshare.workloads.config import Models, RandomModel
+from sglang_prefillshare.workloads.config import ADAPTER_TOPOLOGIES, Benchmark, RandomModel, TopologyName
 
 RECIPE: Final = 1
 """Raise it with every change of what the folders hold."""
@@ -27,19 +28,47 @@ RECIPE: Final = 1
 FIRST_WORD: Final = 260
 """Ids below are bytes and special tokens."""
 
+_ADAPTER_STD: Final = 0.02
+
 _SPECIAL: Final = ("<|bos|>", "<|eos|>", "<|pad|>", "<|unk|>")
 
 
-def prepare_models(models: Models) -> dict[str, Path]:
-    """Folders by name: `base`, and each agent's. Random ones are made if they are not there yet."""
+@dataclass(frozen=True, slots=True)
+class ModelFolders:
+    """Where the models lie: the base's, and by agent those of the kinds that the topologies need."""
+
+    base: Path
+    modules: Mapping[str, Path]
+    adapters: Mapping[str, Path]
+
+    def of(self, topology: TopologyName) -> dict[str, Path]:
+        """By name: `base`, and each agent's as this topology serves it."""
+        return {"base": self.base, **(self.adapters if topology in ADAPTER_TOPOLOGIES else self.modules)}
+
+
+def prepare_models(benchmark: Benchmark) -> ModelFolders:
+    """The benchmark's models. Random ones are made if they are not there yet."""
+    models = benchmark.models
     if models.random is None:
-        assert models.base is not None and isinstance(models.agents, dict)
-        return {"base": Path(models.base)} | {name: Path(model) for name, model in models.agents.items()}
-    return make_random_models(models.random, models.names)
+        assert models.base is not None
+        modules = models.agents if isinstance(models.agents, dict) else {}
+        return ModelFolders(Path(models.base), _paths(modules), _paths(models.adapters or {}))
+    return make_random_models(
+        models.random,
+        models.names,
+        has_modules=benchmark.has_modules,
+        has_adapters=benchmark.has_adapters,
+    )
 
 
-def make_random_models(shape: RandomModel, agents: Sequence[str]) -> dict[str, Path]:
-    """A base and a decode module for each agent; two calls at once are safe."""
+def _paths(folders: Mapping[str, str]) -> dict[str, Path]:
+    return {name: Path(folder) for name, folder in folders.items()}
+
+
+def make_random_models(
+    shape: RandomModel, agents: Sequence[str], *, has_modules: bool = True, has_adapters: bool = False
+) -> ModelFolders:
+    """A base, and a decode module or an adapter or both for each agent; two calls at once are safe."""
     described = json.dumps({"recipe": RECIPE, **msgspec.to_builtins(shape), "folder": None}, sort_keys=True)
     digest = hashlib.blake2b(described.encode(), digest_size=4).hexdigest()
     folder = Path(shape.folder) / f"random-{shape.layers}x{shape.hidden_size}-{digest}"
@@ -49,14 +78,16 @@ def make_random_models(shape: RandomModel, agents: Sequence[str]) -> dict[str, P
         if not base.exists():
             with complete_or_absent(base) as partial:
                 _write_model(shape, partial, seed=shape.seed)
-        for place, agent in enumerate(agents):
-            module = folder / agent
-            if not module.exists():
-                with complete_or_absent(module) as partial:
-                    _write_model(shape, partial, seed=shape.seed + 1 + place)
-                    identity = identify_base(base, cache_dir=folder / ".cache")
-                    write_manifest(partial, Manifest.for_base("base", identity))
-    return {"base": base} | {agent: folder / agent for agent in agents}
+        modules = {agent: folder / agent for agent in agents} if has_modules else {}
+        adapters = {agent: folder / f"{agent}.adapter" for agent in agents} if has_adapters else {}
+        for made, write in ((modules, _write_model), (adapters, _write_adapter)):
+            for place, module in enumerate(made.values()):
+                if not module.exists():
+                    with complete_or_absent(module) as partial:
+                        write(shape, partial, seed=shape.seed + 1 + place)
+                        identity = identify_base(base, cache_dir=folder / ".cache")
+                        write_manifest(partial, Manifest.for_base("base", identity))
+    return ModelFolders(base, modules, adapters)
 
 
 def token_id_range(model: Path) -> tuple[int, int]:
@@ -107,6 +138,43 @@ def _write_model(shape: RandomModel, folder: Path, *, seed: int) -> None:
         model = LlamaForCausalLM(config).to(getattr(torch, shape.dtype))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def _write_adapter(shape: RandomModel, folder: Path, *, seed: int) -> None:
+    """As PEFT writes it, on every product of every layer."""
+    import torch
+    from safetensors.torch import save_file
+
+    head_dim = shape.hidden_size // shape.heads
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    products = {
+        "self_attn.q_proj": (hidden, shape.heads * head_dim),
+        "self_attn.k_proj": (hidden, shape.kv_heads * head_dim),
+        "self_attn.v_proj": (hidden, shape.kv_heads * head_dim),
+        "self_attn.o_proj": (shape.heads * head_dim, hidden),
+        "mlp.gate_proj": (hidden, inner),
+        "mlp.up_proj": (hidden, inner),
+        "mlp.down_proj": (inner, hidden),
+    }
+    generator = torch.Generator().manual_seed(seed)
+    rank, dtype = shape.lora_rank, getattr(torch, shape.dtype)
+    weights = {}
+    for layer in range(shape.layers):
+        for name, (inputs, outputs) in products.items():
+            for part, size in (("A", (rank, inputs)), ("B", (outputs, rank))):
+                key = f"base_model.model.model.layers.{layer}.{name}.lora_{part}.weight"
+                weights[key] = (_ADAPTER_STD * torch.randn(size, generator=generator)).to(dtype)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": sorted(name.rpartition(".")[2] for name in products),
+        "base_model_name_or_path": "base",
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(weights, folder / "adapter_model.safetensors")
 
 
 def _tokenizer(vocab_size: int) -> Any:

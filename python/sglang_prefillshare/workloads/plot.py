@@ -13,11 +13,17 @@ STYLES: Final[dict[str, dict[str, Any]]] = {
     "shared": {"color": "tab:blue", "marker": "o"},
     "isolated": {"color": "tab:orange", "marker": "s"},
     "colocated": {"color": "0.45", "marker": "^", "linestyle": "--"},
+    "unified": {"color": "tab:green", "marker": "D"},
+    "shared_lora": {"color": "tab:purple", "marker": "v"},
+    "stock_lora": {"color": "tab:red", "marker": "x"},
 }
 NAMES: Final = {
     "shared": "shared prefill (ours)",
     "isolated": "isolated pairs (stock)",
     "colocated": "colocated (stock)",
+    "unified": "one server (ours)",
+    "shared_lora": "shared prefill, adapters (ours)",
+    "stock_lora": "--enable-lora (stock)",
 }
 
 Series = Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]]

@@ -215,11 +215,12 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 def summarise(rows: Sequence[Row]) -> Row:
-    """By workload: at each arrival rate the ratios of isolated and shared, at each cap the cache's numbers.
+    """By workload: at each arrival rate the ratios of stock SGLang and ours, at each cap the cache's numbers.
 
-    A ratio is of two runs of the same repeat, which saw the same sessions one after the other; above 1 is better for
-    `shared`. `values` has each repeat's, `median`, `min` and `max` are over them. Times of a cut point are left
-    out: they are those of the calls that were fast enough. Its throughput counts.
+    `ratios` are by our topology, `against` the one of `COUNTERPARTS`. A ratio is of two runs of the same repeat, which
+    saw the same sessions one after the other; above 1 is better for ours. `values` has each repeat's, `median`, `min`
+    and `max` are over them. Times of a cut point are left out: they are those of the calls that were fast enough. Its
+    throughput counts.
     """
     found: Row = {}
     for workload in _distinct(rows, "workload"):
@@ -244,16 +245,28 @@ def _point(rows: Sequence[Row], rate: Any, cap: int) -> Row:
     here = [row for row in rows if (row["request_rate"], row["max_sessions"]) == (rate, cap)]
     by_topology = {name: [r for r in here if r["topology"] == name] for name in _distinct(here, "topology")}
     point: Row = {"request_rate": rate, "max_sessions": cap}
-    shared, isolated = by_topology.get("shared", []), by_topology.get("isolated", [])
-    if shared and isolated:
-        point |= {
+    point["ratios"] = {}
+    for ours, stock in _compared(by_topology):
+        shared, isolated = by_topology[ours], by_topology[stock]
+        point["ratios"][ours] = {
+            "against": stock,
             "p95_e2e_ratio": _paired(isolated, shared, "p95_e2e_latency_ms"),
             "p95_session_ratio": _paired(isolated, shared, "p95_session_latency_ms"),
+            "median_e2e_ratio": _paired(isolated, shared, "median_e2e_latency_ms"),
             "median_ttft_ratio": _paired(isolated, shared, "median_ttft_ms"),
             "throughput_ratio": _paired(shared, isolated, "output_throughput"),
         }
     point["topologies"] = {name: _medians(found) for name, found in by_topology.items()}
     return point
+
+
+COUNTERPARTS: Final[Mapping[str, str]] = {"shared": "isolated", "unified": "stock_lora", "shared_lora": "stock_lora"}
+"""What stock SGLang serves the same models with."""
+
+
+def _compared(topologies: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(ours, stock) of those that were run."""
+    return [(ours, stock) for ours, stock in COUNTERPARTS.items() if ours in topologies and stock in topologies]
 
 
 _TIMES: Final = (
@@ -298,16 +311,17 @@ def _paired(above: Sequence[Row], below: Sequence[Row], name: str) -> Row | None
 def _best_cap(points: Sequence[Row], rate: Any) -> Row:
     """Each topology at its best cap for this rate, as the paper's Figure 3 does; ratios are of medians."""
     here = [point for point in points if point["request_rate"] == rate]
-    best: Row = {"request_rate": rate, "topologies": {}}
+    best: Row = {"request_rate": rate, "ratios": {}, "topologies": {}}
     for name in dict.fromkeys(name for point in here for name in point["topologies"]):
         candidates = [point for point in here if name in point["topologies"]]
         chosen = max(candidates, key=lambda point: _goodness(point["topologies"][name]))
         best["topologies"][name] = {"max_sessions": chosen["max_sessions"], **chosen["topologies"][name]}
     both = best["topologies"]
-    if {"shared", "isolated"} <= both.keys():
-        best |= {
-            "p95_e2e_ratio": _over(both, "isolated", "shared", "p95_e2e_latency_ms"),
-            "throughput_ratio": _over(both, "shared", "isolated", "output_throughput"),
+    for ours, stock in _compared(both):
+        best["ratios"][ours] = {
+            "against": stock,
+            "p95_e2e_ratio": _over(both, stock, ours, "p95_e2e_latency_ms"),
+            "throughput_ratio": _over(both, ours, stock, "output_throughput"),
         }
     return best
 

@@ -1,8 +1,14 @@
-"""The servers that a benchmark asks: `shared` (ours), `isolated` and `colocated` (stock SGLang), as equal as can be.
+"""The servers that a benchmark asks, ours and stock SGLang's, as equal as can be.
 
     shared      N prefill workers of the base, one decode worker per model, our router
-    isolated    per model a prefill worker and a decode worker of its own, NIXL, our router picks the pair
-    colocated   per model one ordinary server, asked without a router
+    isolated    per model a prefill worker and a decode worker of its own, NIXL, our router picks the pair (stock)
+    colocated   per model one ordinary server, asked without a router (stock)
+
+Where the models are LoRA adapters of one base:
+
+    unified     one server, whose adapters read one KV cache
+    shared_lora N prefill workers of the base, one decode worker with all adapters, our router
+    stock_lora  one ordinary server with --enable-lora, in which each adapter has KV of its own (stock)
 
 N is the number of models unless the benchmark says otherwise, so `shared` and `isolated` have as many workers of each
 kind. Every worker has the same model shape and is given the same `args`, the size of its KV pool among them.
@@ -20,7 +26,14 @@ from typing import Any, Final
 
 import psutil
 
-from sglang_prefillshare.config import ArgValue, DecodeModule, RouterSettings, Topology, WorkerSettings
+from sglang_prefillshare.config import (
+    AdapterModule,
+    ArgValue,
+    DecodeModule,
+    RouterSettings,
+    Topology,
+    WorkerSettings,
+)
 from sglang_prefillshare.deployment import (
     Deployment,
     DeploymentOptions,
@@ -36,12 +49,16 @@ from sglang_prefillshare.workloads.config import Benchmark, TopologyName, Worker
 
 PAIR_ROUTER_COMMAND: Final = (sys.executable, "-m", "sglang_prefillshare.routing.pairs")
 
+STOCK_LORA_NAME: Final = "lora"
+
 METRICS: Final[dict[str, ArgValue]] = {"enable-metrics": True, "enable-cache-report": True}
 """What our roles turn on by themselves and stock workers must be told, so that both count, and pay for counting."""
 
 
 def topology_of(benchmark: Benchmark, name: TopologyName, models: Mapping[str, Path]) -> Topology:
-    """The topology's workers as values. The isolated and colocated ones only use `decode`, a model each."""
+    """The topology's workers as values. Those of stock SGLang only use `decode`, a model each."""
+    if name in ("unified", "shared_lora"):
+        return _of_adapters(benchmark, name, models)
     workers = benchmark.workers
     agents = benchmark.models.names
     prefill_count = workers.shared_prefill or len(agents)
@@ -71,6 +88,28 @@ def topology_of(benchmark: Benchmark, name: TopologyName, models: Mapping[str, P
     )
 
 
+def _of_adapters(benchmark: Benchmark, name: TopologyName, models: Mapping[str, Path]) -> Topology:
+    """Modules that are adapters run on workers that are started as the base's are."""
+    workers = benchmark.workers
+    is_unified = name == "unified"
+    count = 1 if is_unified else workers.shared_prefill or len(benchmark.models.names)
+    own = workers.unified_args if is_unified else workers.shared_lora_args
+    both = {} if is_unified else _args(workers.prefill_args, workers.decode_args)
+    return Topology(
+        base=WorkerSettings(
+            str(models["base"]),
+            workers=count,
+            gpus=workers.prefill_gpus[:count],
+            args=_args(workers.args, both, own),
+        ),
+        decode=(),
+        adapters=tuple(AdapterModule(agent, str(models[agent])) for agent in benchmark.models.names),
+        is_unified=is_unified,
+        router=RouterSettings(args={} if is_unified else _args(workers.router_args, workers.shared_router_args)),
+        env=dict(workers.env),
+    )
+
+
 def make_deployment(
     benchmark: Benchmark,
     name: TopologyName,
@@ -87,14 +126,13 @@ def make_deployment(
         "preloader": preloader,
     }
     topology = topology_of(benchmark, name, models)
-    if name == "shared":
+    if name in ("shared", "unified", "shared_lora"):
         return Deployment(topology, options=DeploymentOptions(**options), observer=observer)
     if name == "isolated":
         pairs = DeploymentOptions(**options, router_command=PAIR_ROUTER_COMMAND)
         return IsolatedDeployment(topology, workers=benchmark.workers, options=pairs, observer=observer)
-    return ColocatedDeployment(
-        topology, workers=benchmark.workers, options=DeploymentOptions(**options), observer=observer
-    )
+    stock = ColocatedDeployment if name == "colocated" else StockLoraDeployment
+    return stock(topology, workers=benchmark.workers, options=DeploymentOptions(**options), observer=observer)
 
 
 class IsolatedDeployment(Deployment):
@@ -168,6 +206,22 @@ class ColocatedDeployment(IsolatedDeployment):
         return plans, None
 
 
+class StockLoraDeployment(IsolatedDeployment):
+    """One ordinary SGLang server with all adapters. Its radix tree keeps each one's KV by itself."""
+
+    def _plan(self) -> tuple[list[WorkerPlan], WorkerPlan | None]:
+        workers, topology = self._settings, self._topology
+        lora: dict[str, ArgValue] = {
+            "enable-lora": True,
+            "lora-paths": tuple(f"{module.name}={module.settings.model}" for module in topology.decode),
+            **({} if has_accelerator() else {"lora-backend": "torch_native"}),
+        }
+        server = DecodeModule(STOCK_LORA_NAME, topology.base)
+        args = _args(METRICS, lora, workers.args, workers.stock_lora_args)
+        gpus = _dealt(workers.prefill_gpus, 0)
+        return [self._plan_stock(server, None, STOCK_LORA_NAME, args, gpus=gpus)], None
+
+
 def _dealt(gpus: tuple[int, ...], place: int) -> tuple[int, ...]:
     return (gpus[place % len(gpus)],) if gpus else ()
 
@@ -176,6 +230,8 @@ def urls_by_agent(deployment: Deployment, agents: tuple[str, ...]) -> dict[str, 
     """Where each agent's calls go."""
     if deployment.router is not None:
         return dict.fromkeys(agents, deployment.router_url)
+    if len(deployment.workers) == 1:
+        return dict.fromkeys(agents, deployment.workers[0].url)
     return {agent: deployment.worker(agent).url for agent in agents}
 
 
@@ -184,9 +240,12 @@ def pin_workers(deployment: Deployment, workers: Workers) -> None:
 
     Done when all are ready, so that loading uses every core; threads that are made later inherit it.
     """
-    cores = {Role.PREFILL: workers.prefill_cores, Role.DECODE: workers.decode_cores}
+    cores: dict[Role | None, tuple[int, ...]] = {
+        Role.PREFILL: workers.prefill_cores,
+        Role.DECODE: workers.decode_cores,
+    }
     for worker in deployment.workers:
-        wanted = cores[worker.plan.role] if worker.plan.role is not None else ()
+        wanted = cores.get(worker.plan.role, ())  # a server that does both is free
         if wanted and worker.pid is not None:
             root = psutil.Process(worker.pid)
             for process in [root, *root.children(recursive=True)]:

@@ -62,7 +62,9 @@ COLOCATED: Final = "colocated"
 
 def side_of(worker: Worker) -> str:
     """Which work a worker does."""
-    return {Role.PREFILL: PREFILL, Role.DECODE: DECODE, None: COLOCATED}[worker.plan.role]
+    if worker.plan.role is Role.PREFILL:
+        return PREFILL
+    return DECODE if worker.plan.role is Role.DECODE else COLOCATED
 
 
 @dataclass(frozen=True, slots=True)

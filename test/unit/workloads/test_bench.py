@@ -88,7 +88,9 @@ def test_a_report_can_be_made_again_from_the_rows(tmp_path: Path):
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
     summary = json.loads(report_again(tmp_path).read_text())
     assert summary["config"] == about["config"]
-    assert [point["p95_e2e_ratio"]["median"] for point in summary["workloads"]["react"]["points"]] == [3.0] * 4
+    assert [
+        point["ratios"]["shared"]["p95_e2e_ratio"]["median"] for point in summary["workloads"]["react"]["points"]
+    ] == [3.0] * 4
     for name in ("figure3.png", "figure4.png"):
         assert (tmp_path / name).stat().st_size > 10_000
 

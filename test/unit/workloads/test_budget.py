@@ -13,6 +13,7 @@ from sglang_prefillshare.workloads import bench
 from sglang_prefillshare.workloads.bench import check_room
 from sglang_prefillshare.workloads.budget import Machine, decide, estimate, minutes, point_s, scaled
 from sglang_prefillshare.workloads.config import Benchmark, Workload, load_benchmark, parse_benchmark
+from sglang_prefillshare.workloads.models import ModelFolders
 from sglang_prefillshare.workloads.points import points_of
 
 CONFIG = Path(__file__).parents[3] / "benchmark" / "serving" / "serving.yaml"
@@ -123,8 +124,8 @@ def test_a_benchmark_that_cannot_keep_its_time_starts_nothing(monkeypatch: pytes
     model.mkdir()
     (model / "config.json").write_text('{"dtype": "bfloat16"}')
     monkeypatch.setattr(bench, "has_accelerator", lambda: False)
-    monkeypatch.setattr(bench, "prepare_models", lambda models: {"base": model})
-    monkeypatch.setattr(bench, "measure_machine", lambda benchmark, models, log_dir: WITH_AVX2)
+    monkeypatch.setattr(bench, "prepare_models", lambda _: ModelFolders(model, {}, {}))
+    monkeypatch.setattr(bench, "measure_machine", lambda benchmark, base, log_dir: WITH_AVX2)
     started: list[str] = []
     monkeypatch.setattr(bench, "_run_topology", lambda run, topology, repeats: started.append(topology))
     benchmark = serving(out=str(tmp_path / "out"), token_ids=TOKEN_IDS)

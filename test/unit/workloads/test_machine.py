@@ -68,4 +68,4 @@ def test_the_dtype_is_the_one_that_workers_will_take(
 def test_a_model_of_another_kind_is_refused_by_what_it_lacks(tmp_path: Path):
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64, "d_ff": 128}))
     with pytest.raises(ConfigError, match="has no num_attention_heads, intermediate_size, num_hidden_layers"):
-        measure_machine(benchmark_with({}), {"base": tmp_path}, log_dir=tmp_path)
+        measure_machine(benchmark_with({}), tmp_path, log_dir=tmp_path)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from sglang_prefillshare.identity.adapter import read_adapter
 from sglang_prefillshare.identity.fingerprint import identify_base
 from sglang_prefillshare.identity.manifest import check_manifest, read_manifest
 from sglang_prefillshare.workloads.config import RandomModel
@@ -19,8 +20,9 @@ def test_modules_fit_their_base_and_have_weights_of_their_own(tmp_path: Path):
     shape = RandomModel(
         folder=str(tmp_path), hidden_size=32, intermediate_size=48, layers=2, heads=4, kv_heads=2, vocab_size=320
     )
-    made = make_random_models(shape, ("planner", "coder"))
-    assert set(made) == {"base", "planner", "coder"}
+    folders = make_random_models(shape, ("planner", "coder"))
+    made = folders.of("shared")
+    assert set(made) == {"base", "planner", "coder"} and not folders.adapters
     weights = {name: load_file(folder / "model.safetensors") for name, folder in made.items()}
     for name in ("planner", "coder"):
         manifest = read_manifest(made[name])
@@ -36,5 +38,29 @@ def test_modules_fit_their_base_and_have_weights_of_their_own(tmp_path: Path):
     assert 0 < low < high <= 320
 
     before = {name: (folder / "model.safetensors").stat().st_mtime_ns for name, folder in made.items()}
-    assert make_random_models(shape, ("planner", "coder")) == made
+    assert make_random_models(shape, ("planner", "coder")) == folders
     assert before == {name: (folder / "model.safetensors").stat().st_mtime_ns for name, folder in made.items()}
+
+
+def test_adapters_fit_their_base_and_change_its_answers(tmp_path: Path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    shape = RandomModel(
+        folder=str(tmp_path), hidden_size=32, intermediate_size=48, layers=2, heads=4, kv_heads=2, vocab_size=320
+    )
+    made = make_random_models(shape, ("planner", "coder"), has_modules=False, has_adapters=True).of("unified")
+    assert set(made) == {"base", "planner", "coder"}
+    logits = []
+    for name in ("planner", "coder"):
+        assert read_adapter(name, made[name]).rank == shape.lora_rank
+        manifest = read_manifest(made[name])
+        assert manifest is not None
+        check_manifest(manifest, identify_base(made["base"], cache_dir=tmp_path), module=name)
+        base = AutoModelForCausalLM.from_pretrained(made["base"])
+        with torch.inference_mode():
+            logits.append(base(torch.tensor([[5, 6, 7]])).logits)
+            logits.append(PeftModel.from_pretrained(base, made[name])(torch.tensor([[5, 6, 7]])).logits)
+    assert torch.equal(logits[0], logits[2])
+    assert not any(torch.allclose(logits[0], other) for other in (logits[1], logits[3]))
+    assert not torch.allclose(logits[1], logits[3])

@@ -143,8 +143,10 @@ def test_ratios_are_of_the_same_repeat_and_keep_their_spread():
         row("shared", 2, p95=100, tokens=50),
     ]  # fmt: skip
     [point] = summarise(rows)["react"]["points"]
-    assert point["p95_e2e_ratio"] == {"median": 3.5, "min": 3.0, "max": 4.0, "values": [3.0, 4.0]}
-    assert point["throughput_ratio"]["values"] == [4.0, 3.0]
+    ratios = point["ratios"]["shared"]
+    assert ratios["against"] == "isolated"
+    assert ratios["p95_e2e_ratio"] == {"median": 3.5, "min": 3.0, "max": 4.0, "values": [3.0, 4.0]}
+    assert ratios["throughput_ratio"]["values"] == [4.0, 3.0]
     assert point["topologies"]["shared"]["output_throughput"]["median"] == 50
     assert point["topologies"]["isolated"]["hit_ratio"]["values"] == [0.5, 0.5]
 
@@ -158,15 +160,27 @@ def test_each_rate_has_each_topology_at_its_own_best_cap():
     best, at_once = summarise(rows)["react"]["by_rate"]
     assert best["topologies"]["shared"]["max_sessions"] == 8
     assert best["topologies"]["isolated"]["max_sessions"] == 4
-    assert (best["p95_e2e_ratio"], best["throughput_ratio"]) == (400 / 150, 3.0)
-    assert at_once["request_rate"] == "inf" and "p95_e2e_ratio" not in at_once
+    assert best["ratios"]["shared"] == {"against": "isolated", "p95_e2e_ratio": 400 / 150, "throughput_ratio": 3.0}
+    assert at_once["request_rate"] == "inf" and not at_once["ratios"]
+
+
+def test_adapters_are_compared_with_stock_adapters():
+    rows = [
+        row("shared", 0, p95=100, tokens=40), row("unified", 0, p95=50, tokens=80),
+        row("stock_lora", 0, p95=200, tokens=20), row("shared_lora", 0, p95=100, tokens=60),
+    ]  # fmt: skip
+    [point] = summarise(rows)["react"]["points"]
+    found = {
+        name: (ratios["against"], ratios["throughput_ratio"]["median"]) for name, ratios in point["ratios"].items()
+    }
+    assert found == {"unified": ("stock_lora", 4.0), "shared_lora": ("stock_lora", 3.0)}
 
 
 def test_a_ratio_without_its_other_half_is_absent():
     rows = [row("shared", 0, p95=100, tokens=40), row("isolated", 1, p95=300, tokens=10)]
     [point] = summarise(rows)["react"]["points"]
-    assert point["p95_e2e_ratio"] is None
-    assert "p95_e2e_ratio" not in summarise(rows[:1])["react"]["points"][0]
+    assert point["ratios"]["shared"]["p95_e2e_ratio"] is None
+    assert not summarise(rows[:1])["react"]["points"][0]["ratios"]
 
 
 def test_times_of_a_cut_point_are_not_compared_and_its_throughput_is():
@@ -176,8 +190,9 @@ def test_times_of_a_cut_point_are_not_compared_and_its_throughput_is():
     ]  # fmt: skip
     found = summarise(rows)["react"]
     [point] = found["points"]
-    assert point["p95_e2e_ratio"]["values"] == [3.0] and point["throughput_ratio"]["values"] == [4.0, 3.0]
+    ratios = point["ratios"]["shared"]
+    assert ratios["p95_e2e_ratio"]["values"] == [3.0] and ratios["throughput_ratio"]["values"] == [4.0, 3.0]
     assert (point["topologies"]["isolated"]["cut"], point["topologies"]["shared"]["cut"]) == (1, 0)
-    assert found["by_rate"][0]["p95_e2e_ratio"] == 600 / 150
+    assert found["by_rate"][0]["ratios"]["shared"]["p95_e2e_ratio"] == 600 / 150
     [cut] = summarise([row("shared", 0, p95=1, tokens=0) | {"is_cut": True}])["react"]["by_rate"]
     assert "p95_e2e_latency_ms" not in cut["topologies"]["shared"]

@@ -97,6 +97,27 @@ def test_colocated_is_one_ordinary_server_for_each_model_without_a_router(tmp_pa
     ]
 
 
+def test_adapters_are_served_by_one_server_ours_and_stock_alike(tmp_path: Path):
+    (ours, our_router), (stock, stock_router) = (plans(name, tmp_path) for name in ("unified", "stock_lora"))
+    assert our_router is None and stock_router is None and len(ours) == len(stock) == 1
+    own, other = flags(ours[0]), flags(stock[0])
+    assert own["prefill-share-role"] == "unified" and not [flag for flag in other if flag.startswith("prefill-share")]
+    assert other["enable-lora"] and other["enable-metrics"]
+    assert own["model-path"] == other["model-path"] == str(tmp_path / "base")
+    assert own["max-total-tokens"] == other["max-total-tokens"] == "4096"
+    for plan in (ours[0], stock[0]):
+        start = plan.command.index("--lora-paths") + 1
+        assert plan.command[start : start + 3] == tuple(
+            f"{name}={tmp_path / name}" for name in ("planner", "coder", "reviewer")
+        )
+
+
+def test_shared_adapters_are_all_on_one_decode_worker(tmp_path: Path):
+    workers, router = plans("shared_lora", tmp_path)
+    assert [flags(plan)["prefill-share-role"] for plan in workers] == ["prefill"] * 3 + ["decode"]
+    assert router is not None and sum(workers[-1].url in word for word in router.command) == 3
+
+
 @pytest.mark.parametrize("count", [1, 2])
 def test_shared_prefill_workers_can_be_fewer(tmp_path: Path, count: int):
     workers, _ = plans("shared", tmp_path, TEXT + f"  shared_prefill: {count}\n")
