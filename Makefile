@@ -1,6 +1,6 @@
 # `make` lists what there is to do.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-disaggregated test test-slow test-gpu soak fuzz figure2 table1 lint fmt bench-training bench-handoff bench-router bench-idle bench-serving bench-gpu bench-smoke clean
+.PHONY: help setup demo demo-disaggregated test test-slow test-gpu soak fuzz kill-matrix figure2 table1 lint fmt bench-training bench-handoff bench-router bench-streams bench-idle bench-serving bench-gpu bench-smoke clean
 
 PYTHON := .venv/bin/python
 # Several processes of several OpenMP threads each stall one another on a small machine.
@@ -33,6 +33,9 @@ soak: setup ## Make 10,000 handoffs and 500 requests with faults: nothing may be
 fuzz: setup ## Send 10,000 requests that are wrong in all ways to real servers: no worker is lost, no other client harmed
 	@$(PYTHON) test/soak/fuzz_requests.py
 
+kill-matrix: setup ## Kill each kind of process at eight moments under load: what fails, how clearly, how soon it is over (15 minutes)
+	@$(PYTHON) test/soak/kill_matrix.py
+
 lint: setup ## Check style, format and types
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
@@ -58,6 +61,9 @@ bench-handoff: setup ## Measure the KV handoff against NIXL, plain torch and mem
 
 bench-router: setup ## Measure what the router adds to a request
 	@$(PYTHON) benchmark/serving/router.py
+
+bench-streams: setup ## Measure how many streams a second one router process passes on
+	@$(PYTHON) benchmark/serving/streams.py
 
 bench-idle: setup ## Measure what an idle deployment costs, and what waking it up costs
 	@$(PYTHON) benchmark/serving/idle.py

@@ -33,6 +33,7 @@ RUN_BY = {
     "benchmark/handoff/session.py": "test_scripts_with_servers",
     "benchmark/serving/idle.py": "test_scripts_with_servers",
     "benchmark/serving/router.py": "test_scripts_with_servers",
+    "benchmark/serving/streams.py": "test_scripts_of_one_process",
     "benchmark/training/figure2.py": "test_scripts_of_one_process",
     "benchmark/training/step_cost.py": "test_scripts_of_one_process",
     "benchmark/training/table1.py": "test_table_1",
@@ -76,6 +77,12 @@ def cpu_operators(module: Any, out: Path, models: Models, patch: pytest.MonkeyPa
     assert "products with weights, bfloat16" in run(module, "--repeats", 1)
 
 
+def streams(module: Any, out: Path, models: Models, patch: pytest.MonkeyPatch) -> Path:
+    patch.setattr(os, "sched_setaffinity", lambda *_: None)  # the other tests' cores
+    assert "2 clients" in run(module, "--clients", 2, "--seconds", 0.3, "--out", out)
+    return out / "bench" / "streams" / "summary.json"
+
+
 def step_cost(module: Any, out: Path, models: Models, patch: pytest.MonkeyPatch) -> Path:
     sizes = ("--prompt-tokens", 8, "--response-tokens", 4, "--batch-size", 1, "--steps", 1)
     run(module, *sizes, "--base", models.base, "--out", out)
@@ -95,6 +102,7 @@ ALONE: Mapping[str, Small] = {
     "benchmark.handoff.run": handoff,
     "benchmark.kernels.host_cost": host_cost,
     "benchmark.kernels.cpu_operators": cpu_operators,
+    "benchmark.serving.streams": streams,
     "benchmark.training.step_cost": step_cost,
     "benchmark.training.figure2": figure2,
 }
