@@ -6,7 +6,7 @@ Plain values only. `host/` serves them from inside SGLang; `routing/` reads them
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
@@ -36,6 +36,36 @@ class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     UNIFIED = "unified"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """How full a worker is, as its scheduler said last; all in tokens of KV or in requests, each 0 or more.
+
+    `used_tokens` are those that requests hold, so that pool less used is room: what is free and what the cache can give
+    up (`evictable_tokens`). `leased_tokens`, which are among the used, are tied up in handoffs. A request that decodes
+    takes `reserved_tokens` of room beyond what it holds: SGLang lets no other one have them.
+    """
+
+    pool_tokens: int
+    used_tokens: int
+    evictable_tokens: int = 0
+    leased_tokens: int = 0
+    running_requests: int = 0
+    waiting_requests: int = 0
+    reserved_tokens: int = 0
+
+    @classmethod
+    def from_json(cls, data: Any, *, source: str) -> Room:
+        """Raises `WorkerError`, naming `source`, for what is no room."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(data, dict) or not {"pool_tokens", "used_tokens"} <= data.keys():
+            raise WorkerError(f"{source} says that its room is {data!r}, wanted an object with {', '.join(names)}.")
+        values = {name: data[name] for name in names if name in data}
+        for name, value in values.items():
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**63:
+                raise WorkerError(f"{source} says that its {name} is {value!r}, wanted a whole number from 0 on.")
+        return cls(**values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +105,9 @@ class WorkerInfo:
 
     modules: list[str] | None = None
     """The decode modules that it serves as adapters, by name; None where it serves `model`."""
+    room: Room | None = field(default=None, compare=False)
+    """How full it is now; None where it does not say. The one thing here that changes while a worker stays the same, so
+    that two descriptions which differ in it alone are equal."""
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -96,4 +129,6 @@ class WorkerInfo:
             values["role"] = Role(values["role"])
         except ValueError:
             raise WorkerError(f"{source} has role {values['role']!r}, wanted prefill, decode or unified.") from None
+        if values.get("room") is not None:
+            values["room"] = Room.from_json(values["room"], source=source)
         return cls(**values)

@@ -124,6 +124,11 @@ SCHEDULER: Final = (
         why="the HTTP process must know the fingerprint and the pool's size", changes="its result: one key more",
         retire_when="schedulers can publish plugin data",
     ),
+    Seam(
+        f"{_SCHEDULER}.publish_load_snapshot", "room:publish_load_snapshot", "after", ("self", "force"),
+        why="the HTTP process can say how full the worker is, without asking",
+        changes="an attribute of ours on the scheduler", retire_when="SGLang's load snapshot says what can be evicted",
+    ),
 )  # fmt: skip
 """The scheduler of any role."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextvars import ContextVar
@@ -14,6 +15,7 @@ from sglang_prefillshare.host.http.modules import ModuleMiddleware
 from sglang_prefillshare.host.http.requests import check_lists, limits_of
 from sglang_prefillshare.host.roles.prefill import REPORT_KEY
 from sglang_prefillshare.host.roles.role import SchedulerRole, role_of
+from sglang_prefillshare.host.room import find_room, offer_room
 from sglang_prefillshare.protocol import (
     BOUNDARY_RULE,
     CACHED_TOKENS_HEADER,
@@ -65,6 +67,7 @@ def get_init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
         "max_total_tokens": self.max_total_num_tokens,
         "handoff_failure": role.handoff_failure,
         "pool_place": dict(role.pool_place),
+        "room": offer_room(self),
     }
     return result
 
@@ -81,9 +84,12 @@ def setup_http_server(
     description = _describe(tokenizer_manager, {**ranks[0], "handoff_failure": failure}).to_json()
 
     has_adapters = description["modules"] is not None
+    words = find_room(next((rank["room"] for rank in ranks if rank["room"] is not None), None))
 
     async def worker_info() -> dict[str, Any]:
-        return {**description, "modules": sorted(tokenizer_manager.lora_ref_cache)} if has_adapters else description
+        room = words.read() if words is not None else None
+        changing = {"room": None if room is None else dataclasses.asdict(room)}
+        return description | changing | ({"modules": sorted(tokenizer_manager.lora_ref_cache)} if has_adapters else {})
 
     http_server.app.add_api_route(WORKER_INFO_PATH, worker_info, methods=["GET"])
     http_server.app.add_middleware(

@@ -92,3 +92,12 @@ def observe(
 def set_pages(side: str, page_count: int) -> None:
     """Say how many pages are tied up in handoffs now."""
     _metrics().pages.labels(side).set(page_count)
+    _leased_pages[side] = page_count
+
+
+def leased_pages() -> int:
+    """What `set_pages` was told last; 0 where nothing counts them."""
+    return sum(_leased_pages.values())
+
+
+_leased_pages: Final[dict[str, int]] = {}
