@@ -138,6 +138,11 @@ def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path 
 @click.option("--load-margin-ratio", type=float, help="Likewise, as a multiple of the least loaded worker's.")
 @click.option("--session-margin", type=int, help="Live sessions more that a cached prefix is worth to a new one.")
 @click.option("--min-prefix-tokens", type=int, help="Shorter common prefixes do not decide where a request goes.")
+@click.option("--no-admission", is_flag=True, help="Send every request at once, whether or not its workers have room.")
+@click.option("--queue-size", type=int, help="Requests that may wait for room; more are answered with 429.")
+@click.option("--queue-timeout", "queue_timeout_s", type=float, help="Seconds a request may wait for room.")
+@click.option("--expected-output-tokens", type=int, help="Room for the answer of a request that sets no limit to it.")
+@click.option("--prefill-backlog-tokens", type=int, help="Prompt tokens that a prefill worker has ahead to compute.")
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
@@ -145,10 +150,12 @@ def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path 
     show_default=True,
     help="What is told on stderr; from info on, every worker that becomes ready, does not fit, or goes down.",
 )
-def route(prefill: tuple[str, ...], decode: tuple[str, ...], log_level: str, **settings: Any) -> None:
+def route(
+    prefill: tuple[str, ...], decode: tuple[str, ...], log_level: str, no_admission: bool, **settings: Any
+) -> None:
     """Run the router alone, in front of workers that already run."""
     _log_to_stderr(log_level)
-    from sglang_prefillshare.routing.config import PolicyConfig, RouterConfig
+    from sglang_prefillshare.routing.config import AdmissionConfig, PolicyConfig, RouterConfig
 
     modules: dict[str, list[str]] = {}
     for entry in decode:
@@ -162,7 +169,11 @@ def route(prefill: tuple[str, ...], decode: tuple[str, ...], log_level: str, **s
         "load_margin_tokens", "load_margin_requests", "load_margin_ratio", "session_margin", "min_prefix_tokens",
     )  # fmt: skip
     policy = PolicyConfig(**{key: given.pop(key) for key in policy_keys if key in given})
-    config = RouterConfig(prefill=prefill, decode=modules, policy=policy, **given)
+    admission_keys = ("queue_size", "queue_timeout_s", "expected_output_tokens", "prefill_backlog_tokens")
+    admission = AdmissionConfig(
+        is_on=not no_admission, **{key: given.pop(key) for key in admission_keys if key in given}
+    )
+    config = RouterConfig(prefill=prefill, decode=modules, policy=policy, admission=admission, **given)
 
     from sglang_prefillshare.routing.server import serve
 

@@ -13,6 +13,9 @@ from sglang_prefillshare.routing.request import REQUEST_ID_HEADER, RequestError
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
+QUEUE_HEADER: Final = b"x-prefillshare-queue-ms"
+"""On an answer: how many milliseconds the request waited in the router for a worker with room."""
+
 _RETRY_AFTER_S: Final = 1
 
 
@@ -54,6 +57,8 @@ class Reply:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.request_id: str | None = None
+        self.queue_ms: float | None = None
+        """How long the request waited for room; None as long as it has not got that far."""
         self.status: int | None = None
         self._is_finished = False
         self._ends_event = True
@@ -73,6 +78,8 @@ class Reply:
         raw = list(headers)
         if self.request_id is not None:
             raw.append((REQUEST_ID_HEADER.encode(), self.request_id.encode("latin-1")))
+        if self.queue_ms is not None:
+            raw.append((QUEUE_HEADER, b"%.0f" % self.queue_ms))
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
 
     async def chunk(self, data: bytes) -> None:
@@ -87,11 +94,11 @@ class Reply:
         await self.start(status, [*headers, (b"content-length", b"%d" % len(body))])
         await self.finish(body)
 
-    async def error(self, status: int, message: str, *, kind: str) -> None:
+    async def error(self, status: int, message: str, *, kind: str, retry_after_s: int | None = None) -> None:
         """Answer with an error and nothing else."""
         headers = [(b"content-type", b"application/json")]
-        if status == 503:
-            headers.append((b"retry-after", b"%d" % _RETRY_AFTER_S))
+        if status in (429, 503):
+            headers.append((b"retry-after", b"%d" % (_RETRY_AFTER_S if retry_after_s is None else retry_after_s)))
         await self.whole(status, headers, _json.dumps(error_body(status, message, kind=kind)))
 
     async def error_event(self, status: int, message: str, *, kind: str) -> None:

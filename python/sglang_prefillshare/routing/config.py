@@ -44,6 +44,37 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionConfig:
+    """When a request waits in the router, and for how long.
+
+    At most `queue_size` wait, each for `queue_timeout_s`. On a decode worker there must be room for what a request may
+    generate, up to `counted_output_tokens`, as SGLang itself counts; for `expected_output_tokens` if it sets no limit.
+    On a prefill worker the prompts that it has yet to compute add up to `prefill_backlog_tokens` and one prompt, at
+    most.
+    """
+
+    is_on: bool = True
+    queue_size: int = 1024
+    queue_timeout_s: float = 60.0
+    expected_output_tokens: int = 1024
+    counted_output_tokens: int = 4096
+    prefill_backlog_tokens: int = 16_384
+    patience_s: float = 2.0
+    """How long a request waits for the prefill worker that has its prefix, before any other will do."""
+
+    def __post_init__(self) -> None:
+        if self.queue_size < 0:
+            raise ConfigError(f"queue_size is {self.queue_size}, wanted 0 or more; 0 lets nobody wait.")
+        if not 0 < self.queue_timeout_s < float("inf"):
+            raise ConfigError(f"queue_timeout_s is {self.queue_timeout_s}, wanted a positive number of seconds.")
+        if not 0 <= self.patience_s < float("inf"):
+            raise ConfigError(f"patience_s is {self.patience_s}, wanted 0 or more seconds.")
+        for name in ("expected_output_tokens", "counted_output_tokens", "prefill_backlog_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}, wanted 1 or more.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
     """Everything `prefillshare route` needs.
 
@@ -82,6 +113,7 @@ class RouterConfig:
     prefix_capacity_blocks: int = 65_536
     """Bound of the prefix index, for each worker."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
 
     def __post_init__(self) -> None:
         if isinstance(self.prefill, str):

@@ -23,8 +23,9 @@ from sglang_prefillshare.routing.client import ClientGoneError, Receive, Reply, 
 from sglang_prefillshare.routing.config import RouterConfig
 from sglang_prefillshare.routing.endings import Conclusion, Cut, LegEnd, Step, conclude
 from sglang_prefillshare.routing.failures import LegFailure
+from sglang_prefillshare.routing.gate import Gate, OverloadedError
 from sglang_prefillshare.routing.legs import Legs
-from sglang_prefillshare.routing.placement import Placer, UnplacedError
+from sglang_prefillshare.routing.placement import Chains, Placed, Placer, UnplacedError
 from sglang_prefillshare.routing.prefix_index import PrefixIndex
 from sglang_prefillshare.routing.request import (
     REQUEST_ID_HEADER,
@@ -49,6 +50,7 @@ class Trouble:
     message: str
     kind: str
     answer: tuple[bytes, bytes] | None = None
+    retry_after_s: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -81,6 +83,7 @@ class Call:
             prefill_tokens=attempt.accounting.prefill_tokens if attempt else None,
             cached_tokens=attempt.accounting.cached_tokens if attempt else None,
             cross_model_cached_tokens=attempt.accounting.cross_model_cached_tokens if attempt else None,
+            queue_ms=timings.queue_ms,
             overhead_ms=timings.overhead_ms,
             ttft_ms=timings.ttft_ms,
             e2e_ms=timings.e2e_ms,
@@ -114,6 +117,8 @@ class Dispatcher:
         self._metrics = metrics
         self._calls = calls
         self._placer = Placer(config, pool=pool, index=index, metrics=metrics)
+        self.gate = Gate(config.admission, placer=self._placer, metrics=metrics)
+        pool.on_change = self.gate.call
         aborts = Aborts(config, metrics=metrics, session=session, background=background)
         self._legs = legs_type(config, placer=self._placer, metrics=metrics, session=session, aborts=aborts)
 
@@ -153,6 +158,8 @@ class Dispatcher:
             cut, trouble = Cut.REJECTED, Trouble(error.status, error.message, error.kind)
         except UnplacedError as error:
             cut, trouble = Cut.UNPLACED, Trouble(503, str(error), "worker_error")
+        except OverloadedError as error:
+            cut, trouble = Cut.OVERLOADED, Trouble(429, str(error), "overloaded", retry_after_s=error.retry_after_s)
         except ClientGoneError:
             cut, trouble = Cut.CLIENT_GONE, None
         except Exception as error:
@@ -199,7 +206,7 @@ class Dispatcher:
         one that failed."""
         request = job.request
         chains = request.chains(block_bytes=self._config.prefix_block_bytes)
-        placed = self._placer.place(request, chains)
+        placed = await self._enter(call, request, chains, receive)
         end = await self._run_attempt(call, Attempt(job, placed, may_retry=True), receive)
         failure = end.failure
         if failure is not None and failure.end is LegEnd.UNSENT:
@@ -215,6 +222,13 @@ class Dispatcher:
             end = await self._run_attempt(call, Attempt(job, placed, may_retry=False), receive)
             conclusion = _conclusion(call, end, may_retry=False)
         return conclusion, _trouble(end.failure)
+
+    async def _enter(self, call: Call, request: ClientRequest, chains: Chains, receive: Receive) -> Placed:
+        """The request's workers, once they have room."""
+        try:
+            return await self.gate.enter(request, chains, receive, timings=call.timings)
+        finally:
+            call.reply.queue_ms = call.timings.queue_ms
 
     async def _run_attempt(self, call: Call, attempt: Attempt, receive: Receive) -> AttemptEnd:
         call.attempt = attempt
@@ -238,7 +252,9 @@ class Dispatcher:
                         content_type, body = client_error(call.endpoint, trouble.status, *trouble.answer)
                         await reply.whole(trouble.status, [(b"content-type", content_type)], body)
                     case Step.TELL:
-                        await reply.error(trouble.status, trouble.message, kind=trouble.kind)
+                        await reply.error(
+                            trouble.status, trouble.message, kind=trouble.kind, retry_after_s=trouble.retry_after_s
+                        )
                     case Step.END_STREAM:
                         await reply.error_event(trouble.status, trouble.message, kind=trouble.kind)
 
@@ -264,13 +280,15 @@ class Dispatcher:
 
     def stop(self) -> None:
         """Refuse new requests and end those in flight with 503."""
-        self._placer.is_stopping = True
+        self.refuse_new()
         for worker in self._pool:
             for leg in list(worker.legs):
                 leg.fail("The router is stopping.")
 
     def refuse_new(self) -> None:
+        """Answer those that come, and those that wait for room, with 503."""
         self._placer.is_stopping = True
+        self.gate.clear()
 
 
 def _conclusion(call: Call, end: AttemptEnd, *, may_retry: bool) -> Conclusion:

@@ -36,6 +36,7 @@ class Cut(StrEnum):
 
     REJECTED = "rejected"  # the request is wrong
     UNPLACED = "unplaced"  # no worker is there that it needs
+    OVERLOADED = "overloaded"  # no worker had room for it in time
     CLIENT_GONE = "client_gone"
     DEADLINE = "deadline"
     CANCELLED = "cancelled"  # the router was made to stop at once
@@ -95,6 +96,7 @@ _CUTS: Final[Mapping[Cut, _Row]] = MappingProxyType(
     {
         Cut.REJECTED: _Row(Outcome.REJECTED, Step.TELL),
         Cut.UNPLACED: _Row(Outcome.UNAVAILABLE, Step.TELL),
+        Cut.OVERLOADED: _Row(Outcome.OVERLOADED, Step.TELL),
         Cut.CLIENT_GONE: _Row(Outcome.DISCONNECTED, Step.NOTHING),
         Cut.DEADLINE: _Row(Outcome.TIMEOUT, Step.TELL),
         Cut.CANCELLED: _Row(Outcome.CANCELLED, Step.NOTHING),

@@ -74,25 +74,19 @@ class Legs:
         failed leg, and any bug of ours, which counts more than both."""
         base = attempt.prefill_worker.info
         assert base is not None
-        prompt_tokens = attempt.job.request.prompt_tokens
-        prefill, decode = attempt.placed.prefill, attempt.placed.decode
-        prefill_leg = Leg(tokens=max(1, prompt_tokens - prefill.decision.matched_tokens))
-        decode_leg = Leg(tokens=prompt_tokens)
-        prefill.worker.begin(prefill_leg)
-        decode.worker.begin(decode_leg)
+        placed = attempt.placed
         try:
             async with asyncio.TaskGroup() as group:
                 watch = group.create_task(_watch_client(attempt, receive))
-                group.create_task(self._prefill_leg(attempt, prefill.worker, prefill_leg, base.model))
-                group.create_task(self._decode_leg(attempt, decode.worker, decode_leg, watch))
+                group.create_task(self._prefill_leg(attempt, placed.prefill.worker, placed.prefill_leg, base.model))
+                group.create_task(self._decode_leg(attempt, placed.decode.worker, placed.decode_leg, watch))
         except ExceptionGroup as errors:
             if not all(isinstance(error, LegError | ClientGoneError) for error in errors.exceptions):
                 raise
             if any(isinstance(error, ClientGoneError) for error in errors.exceptions):
                 raise ClientGoneError from None
         finally:  # a task that is cancelled before it starts ends nothing itself
-            prefill.worker.end(prefill_leg)
-            decode.worker.end(decode_leg)
+            placed.release()
         return AttemptEnd(attempt.prefill_end, attempt.decode_end, attempt.failure)
 
     # -- prefill

@@ -1,23 +1,41 @@
-"""The workers of a request: `policy` chooses among them, and `Placer` remembers for it what was chosen before.
+"""The workers of a request: `policy` chooses among them, `admission` says whether they have room, and `Placer`
+remembers for the policy what was chosen before.
 
-What a choice leaves behind (the session's worker, the prefixes, the turn, the count) is noted here, before the KV is
-there. Nothing waits, and nothing is sent.
+What a choice leaves behind (the session's worker, the prefixes, the turn, the count, and the legs, which hold room from
+then on) is noted here, before the KV is there. Nothing waits, and nothing is sent.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Sequence
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from sglang_prefillshare.protocol import Role
+from sglang_prefillshare.routing.admission import has_room, output_tokens
 from sglang_prefillshare.routing.config import RouterConfig
-from sglang_prefillshare.routing.policy import Decision, pick_decode, pick_prefill
-from sglang_prefillshare.routing.prefix_index import PrefixIndex
+from sglang_prefillshare.routing.holdings import Hold
+from sglang_prefillshare.routing.policy import (
+    Decision,
+    DecodeSnapshot,
+    PrefillSnapshot,
+    Reason,
+    pick_decode,
+    pick_prefill,
+)
+from sglang_prefillshare.routing.prefix_index import BYTES_PER_TOKEN, PrefixIndex
 from sglang_prefillshare.routing.request import ClientRequest
 from sglang_prefillshare.routing.sessions import SessionMap
 from sglang_prefillshare.routing.telemetry import Metrics
-from sglang_prefillshare.routing.workers import Worker, WorkerPool
+from sglang_prefillshare.routing.workers import Leg, Worker, WorkerPool
+
+Chains = Sequence[Sequence[int]]
+"""The block hashes of a request's prompts (`ClientRequest.chains`)."""
+
+_CLAIMS: Final = (Reason.SESSION, Reason.PREFIX)
+"""Why a request had better wait for a prefill worker than have its prefix computed by another."""
 
 
 class UnplacedError(Exception):
@@ -34,10 +52,24 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """The two workers of a request."""
+    """The two workers of a request, and its legs there, which are counted and hold room until they are released."""
 
     prefill: Choice
     decode: Choice
+    prefill_leg: Leg
+    decode_leg: Leg
+
+    def release(self) -> None:
+        """Uncount both legs; doing it again changes nothing."""
+        self.prefill.worker.end(self.prefill_leg)
+        self.decode.worker.end(self.decode_leg)
+
+
+@dataclass(frozen=True, slots=True)
+class NoRoom:
+    """The workers, by URL, that a request has to wait for."""
+
+    workers: frozenset[str]
 
 
 class Placer:
@@ -48,101 +80,174 @@ class Placer:
         self._pool = pool
         self._index = index
         self._metrics = metrics
+        self._block_tokens = max(1, config.prefix_block_bytes // BYTES_PER_TOKEN)
         self._prefill_sessions = self._new_sessions()
         self._decode_sessions = {name: self._new_sessions() for name in config.decode}
-        self._prefill_turns = itertools.count()
-        self._decode_turns = itertools.count()
+        self._turns: Counter[Role] = Counter()
         self.is_stopping = False
 
     def place(
         self,
         request: ClientRequest,
-        chains: Sequence[Sequence[int]],
+        chains: Chains,
         *,
         before: Placed | None = None,
         instead_of: Worker | None = None,
     ) -> Placed:
-        """Choose the workers and note the choice. With `before`, only those of its workers are replaced that are not
-        ready any more, or are `instead_of`, which is not chosen again. Raises `UnplacedError` where there is none.
-
-        `chains` are the block hashes of the request's prompts (`ClientRequest.chains`).
+        """Choose the workers, whether or not they have room, and note the choice. With `before`, only those of its
+        workers are replaced that are not ready any more, or are `instead_of`, which is not chosen again. Raises
+        `UnplacedError` where there is none.
         """
-        missing = ["the router is stopping"] if self.is_stopping else self._pool.missing([request.module])
-        if missing:
-            text = "; ".join(missing)
-            raise UnplacedError(f"{text[0].upper()}{text[1:]}.")
+        self._raise_if_missing(request.module)
         prefill = decode = None
         if before is not None:
             if before.prefill.worker is not instead_of and before.prefill.worker.is_ready:
                 prefill = before.prefill
             if before.decode.worker is not instead_of and before.decode.worker.is_ready_for(request.module):
                 decode = before.decode
-        return Placed(
-            prefill or self._choose_prefill(request, chains, instead_of),
-            decode or self._choose_decode(request, chains, instead_of),
+        if prefill is None:
+            decision = self._pick_prefill(request, self._prefill_snapshots(request, chains, instead_of))
+            prefill = self._noted(Role.PREFILL, decision, request, chains)
+        if decode is None:
+            decision = self._pick_decode(request, self._decode_snapshots(request, chains, instead_of))
+            decode = self._noted(Role.DECODE, decision, request, chains)
+        holds = {choice.worker.url: self._hold(request, chains, choice.worker) for choice in (prefill, decode)}
+        return _begun(request, prefill, decode, holds=holds)
+
+    def place_where_room(
+        self, request: ClientRequest, chains: Chains, *, closed: Collection[str] = (), is_patient: bool = True
+    ) -> Placed | NoRoom:
+        """Likewise, of the workers that have room and are not `closed`; without any, change nothing and say whom the
+        request waits for. One `is_patient` waits for the prefill worker that has its prefix although others have room.
+        """
+        self._raise_if_missing(request.module)
+        now_s = time.monotonic()
+        holds: dict[str, Hold] = {}
+
+        def takes(worker: Worker) -> bool:
+            if worker.url in closed:
+                return False
+            hold = holds[worker.url] = self._hold(request, chains, worker)
+            return has_room(worker.stock(now_s), worker.holdings.need(hold), config=self._config.admission)
+
+        decoding = [worker for worker in self._pool.decode[request.module] if worker.is_ready_for(request.module)]
+        roomy = {worker.url for worker in decoding if takes(worker)}
+        if not roomy:
+            return NoRoom(frozenset(worker.url for worker in decoding))
+        of_decode = self._decode_snapshots(request, chains, None)
+        decode = self._pick_decode(request, of_decode)
+        if decode.worker not in roomy:  # what another lacks of the prefix is copied, not computed
+            decode = self._pick_decode(request, [snapshot for snapshot in of_decode if snapshot.url in roomy])
+
+        of_prefill = self._prefill_snapshots(request, chains, None)
+        prefill = self._pick_prefill(request, of_prefill)
+        if not takes(self._pool[prefill.worker]):
+            others = [snapshot for snapshot in of_prefill if takes(self._pool[snapshot.url])]
+            if not others:
+                return NoRoom(frozenset(snapshot.url for snapshot in of_prefill))
+            if is_patient and prefill.reason in _CLAIMS:
+                return NoRoom(frozenset([prefill.worker]))
+            prefill = self._pick_prefill(request, others)
+        return _begun(
+            request,
+            self._noted(Role.PREFILL, prefill, request, chains),
+            self._noted(Role.DECODE, decode, request, chains),
+            holds=holds,
         )
 
     def can_replace_prefill(self, worker: Worker) -> bool:
         """Whether a request could be prefilled by another worker than this one."""
         return not self.is_stopping and any(other.is_ready and other is not worker for other in self._pool.prefill)
 
+    def is_new_session(self, request: ClientRequest) -> bool:
+        """Whether no call of its session was placed before; of a request without one, that too."""
+        return self._prefill_sessions.worker_of(request.session_key) is None
+
     def forget_sessions(self, workers: Collection[str]) -> None:
         """After a flush: a session's next call is placed as if it were its first."""
         for sessions in (self._prefill_sessions, *self._decode_sessions.values()):
             sessions.forget(workers)
 
-    def _choose_prefill(
-        self, request: ClientRequest, chains: Sequence[Sequence[int]], instead_of: Worker | None
-    ) -> Choice:
-        sessions = self._prefill_sessions
-        is_new = sessions.is_new(request.session_key)
-        snapshots = self._pool.prefill_snapshots(
-            request.module, chains, without=instead_of, session_counts=sessions.live_counts() if is_new else {}
-        )
+    def _raise_if_missing(self, module: str) -> None:
+        missing = ["the router is stopping"] if self.is_stopping else self._pool.missing([module])
+        if missing:
+            text = "; ".join(missing)
+            raise UnplacedError(f"{text[0].upper()}{text[1:]}.")
+
+    # -- choosing
+
+    def _prefill_snapshots(
+        self, request: ClientRequest, chains: Chains, instead_of: Worker | None
+    ) -> list[PrefillSnapshot]:
+        counts = self._counts_for(request, self._prefill_sessions)
+        snapshots = self._pool.prefill_snapshots(request.module, chains, without=instead_of, session_counts=counts)
         if not snapshots:
             raise UnplacedError("No other prefill worker is ready.")
-        decision = pick_prefill(
-            snapshots,
-            session_worker=sessions.worker_of(request.session_key),
-            is_new_session=is_new,
-            turn=next(self._prefill_turns),
-            config=self._config.policy,
-        )
-        return self._noted(Role.PREFILL, decision, request, chains, sessions)
+        return snapshots
 
-    def _choose_decode(
-        self, request: ClientRequest, chains: Sequence[Sequence[int]], instead_of: Worker | None
-    ) -> Choice:
-        sessions = self._decode_sessions[request.module]
-        is_new = sessions.is_new(request.session_key)
-        snapshots = self._pool.decode_snapshots(
-            request.module, chains, without=instead_of, session_counts=sessions.live_counts() if is_new else {}
-        )
+    def _decode_snapshots(
+        self, request: ClientRequest, chains: Chains, instead_of: Worker | None
+    ) -> list[DecodeSnapshot]:
+        counts = self._counts_for(request, self._decode_sessions[request.module])
+        snapshots = self._pool.decode_snapshots(request.module, chains, without=instead_of, session_counts=counts)
         if not snapshots:
             raise UnplacedError(f"No other worker of the decode module {request.module!r} is ready.")
-        decision = pick_decode(
+        return snapshots
+
+    def _pick_prefill(self, request: ClientRequest, snapshots: Sequence[PrefillSnapshot]) -> Decision:
+        sessions = self._prefill_sessions
+        return pick_prefill(
             snapshots,
             session_worker=sessions.worker_of(request.session_key),
-            is_new_session=is_new,
-            turn=next(self._decode_turns),
+            is_new_session=sessions.is_new(request.session_key),
+            turn=self._turns[Role.PREFILL],
             config=self._config.policy,
         )
-        return self._noted(Role.DECODE, decision, request, chains, sessions)
 
-    def _noted(
-        self,
-        role: Role,
-        decision: Decision,
-        request: ClientRequest,
-        chains: Sequence[Sequence[int]],
-        sessions: SessionMap,
-    ) -> Choice:
+    def _pick_decode(self, request: ClientRequest, snapshots: Sequence[DecodeSnapshot]) -> Decision:
+        sessions = self._decode_sessions[request.module]
+        return pick_decode(
+            snapshots,
+            session_worker=sessions.worker_of(request.session_key),
+            is_new_session=sessions.is_new(request.session_key),
+            turn=self._turns[Role.DECODE],
+            config=self._config.policy,
+        )
+
+    def _counts_for(self, request: ClientRequest, sessions: SessionMap) -> Mapping[str, int]:
+        return sessions.live_counts() if sessions.is_new(request.session_key) else {}
+
+    # -- what a choice leaves behind
+
+    def _noted(self, role: Role, decision: Decision, request: ClientRequest, chains: Chains) -> Choice:
         """Before the KV is there: the session's next request may come before this one is prefilled."""
+        sessions = self._prefill_sessions if role is Role.PREFILL else self._decode_sessions[request.module]
         self._metrics.decisions.labels(role, decision.reason).inc()
+        self._turns[role] += 1
         for chain in chains:
             self._index.insert(decision.worker, chain)
         sessions.assign(request.session_key, decision.worker)
         return Choice(self._pool[decision.worker], decision)
 
+    def _hold(self, request: ClientRequest, chains: Chains, worker: Worker) -> Hold:
+        """What a leg of `request` holds at most: its prompts, on decode its answers too, each to a whole page."""
+        info = worker.info
+        in_blocks = sum(map(len, chains)) * self._block_tokens
+        own = max(0, request.prompt_tokens - in_blocks) + len(request.prompts) * (info.page_size if info else 1)
+        if worker.role is Role.DECODE:
+            reserved = info.room.reserved_tokens if info is not None and info.room is not None else 0
+            answers = output_tokens(request.output_limits, config=self._config.admission)
+            own += sum(max(answer, reserved) for answer in answers)
+        return Hold(chains, own)
+
     def _new_sessions(self) -> SessionMap:
         return SessionMap(capacity=self._config.session_capacity, live_s=self._config.session_live_s)
+
+
+def _begun(request: ClientRequest, prefill: Choice, decode: Choice, *, holds: Mapping[str, Hold]) -> Placed:
+    to_compute = max(1, request.prompt_tokens - prefill.decision.matched_tokens)
+    prefill_leg = Leg(tokens=to_compute, hold=holds[prefill.worker.url])
+    decode_leg = Leg(tokens=request.prompt_tokens, hold=holds[decode.worker.url])
+    prefill.worker.begin(prefill_leg)
+    decode.worker.begin(decode_leg)
+    return Placed(prefill, decode, prefill_leg, decode_leg)

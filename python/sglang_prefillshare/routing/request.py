@@ -86,8 +86,34 @@ class ClientRequest:
         """Estimated, for weighing load; the prefill worker reports the true number."""
         return sum(max(1, len(prompt) // BYTES_PER_TOKEN) for prompt in self.prompts)
 
+    @property
+    def output_limits(self) -> list[int | None]:
+        """How many tokens each prompt's answer may have; None where only the context's end limits it."""
+        params = self.body.get("sampling_params")
+        count = len(self.prompts)
+        if self.endpoint is Endpoint.GENERATE:
+            each = params if isinstance(params, list) else [params] * count
+            return [_first_number(item or {}, "max_new_tokens", default=_GENERATE_OUTPUT_TOKENS) for item in each]
+        default = _COMPLETIONS_OUTPUT_TOKENS if self.endpoint is Endpoint.COMPLETIONS else None
+        return [_first_number(self.body, "max_completion_tokens", "max_tokens", default=default)] * count
+
+    @property
+    def priority(self) -> int | None:
+        """The largest of its prompts'; None where it names none."""
+        value = self.body.get("priority")
+        return max((one for one in (value if isinstance(value, list) else [value]) if one is not None), default=None)
+
     def chains(self, *, block_bytes: int) -> list[list[int]]:
         return [chain_hashes(prompt, block_bytes=block_bytes) for prompt in self.prompts]
+
+
+_GENERATE_OUTPUT_TOKENS: Final = 128
+_COMPLETIONS_OUTPUT_TOKENS: Final = 16
+"""SGLang's own defaults."""
+
+
+def _first_number(fields: Mapping[str, Any], *names: str, default: int | None) -> int | None:
+    return next((fields[name] for name in names if fields.get(name) is not None), default)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ class Outcome(StrEnum):
     WORKER_FAILED = "worker_failed"  # a worker answered 5xx, or its connection broke
     DISCONNECTED = "disconnected"  # the client left
     TIMEOUT = "timeout"
+    OVERLOADED = "overloaded"  # no worker had room for it in time
     CANCELLED = "cancelled"  # the router was made to stop at once
     INTERNAL = "internal"  # a bug of ours
 
@@ -41,9 +42,14 @@ class Timings:
     first_byte_s: float | None = None  # of a stream
     answered_s: float | None = None  # decode's answer was read to its end
 
+    queue_ms: float = 0.0  # how long it waited for room
+
     @property
     def overhead_ms(self) -> float | None:
-        return None if self.sent_s is None or self.received_s is None else (self.sent_s - self.received_s) * 1000
+        """Without the wait for room."""
+        if self.sent_s is None or self.received_s is None:
+            return None
+        return (self.sent_s - self.received_s) * 1000 - self.queue_ms
 
     @property
     def ttft_ms(self) -> float | None:
@@ -62,6 +68,7 @@ class CallRecord:
     The token counts come from the prefill worker: what the base had to hold, what it found, and what of that
     was first computed for another decode module. `decision` is why the prefill worker was chosen, `matched_tokens`
     what it was expected to hold; `decode_decision` and `decode_matched_tokens` are the same of the decode worker.
+    `queue_ms` is how long it waited for room, which `overhead_ms` leaves out.
     `rid` is the client's name of the call, `worker_rids` the workers'. `attempts` counts the pairs of legs; all else
     is the last pair's.
     """
@@ -80,6 +87,7 @@ class CallRecord:
     prefill_tokens: int | None
     cached_tokens: int | None
     cross_model_cached_tokens: int | None
+    queue_ms: float
     overhead_ms: float | None
     ttft_ms: float | None
     e2e_ms: float
@@ -107,6 +115,7 @@ class CallLog:
 
 
 _LATENCY_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
+_QUEUE_BUCKETS_S = (0.0005, *_LATENCY_BUCKETS_S)
 _OVERHEAD_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
 
 
@@ -138,6 +147,8 @@ class Metrics:
         self.retries = counter(
             "retries", "Calls tried again: a worker of that role refused the connection, or was lost.", "role"
         )
+        self.queued = gauge("queued_requests", "Calls that wait for room.", "model")
+        self.refusals = counter("refusals", "Calls turned away, as no worker had room for them.", "model", "reason")
         self.worker_ready = gauge("worker_ready", "1 if the worker takes requests.", "role", "model", "worker")
         self.worker_metrics_missing = gauge(
             "worker_metrics_missing",
@@ -151,7 +162,10 @@ class Metrics:
         )
         self.ttft_s = histogram("ttft_seconds", "Request in to first streamed byte of decode.", _LATENCY_BUCKETS_S)
         self.e2e_s = histogram("e2e_seconds", "Request in to last byte out, if it ended ok.", _LATENCY_BUCKETS_S)
-        self.overhead_s = histogram("overhead_seconds", "Request body in to both legs sent off.", _OVERHEAD_BUCKETS_S)
+        self.overhead_s = histogram(
+            "overhead_seconds", "Request body in to both legs sent off, without the wait for room.", _OVERHEAD_BUCKETS_S
+        )
+        self.queue_s = histogram("queue_seconds", "Wait for room, of calls that were sent off.", _QUEUE_BUCKETS_S)
 
     def observe(self, record: CallRecord) -> None:
         """Count one finished call."""
@@ -164,6 +178,7 @@ class Metrics:
             self.cross_model_cached_tokens.labels(record.model).inc(record.cross_model_cached_tokens)
         if record.overhead_ms is not None:
             self.overhead_s.labels(record.model).observe(record.overhead_ms / 1000)
+            self.queue_s.labels(record.model).observe(record.queue_ms / 1000)
         if record.ttft_ms is not None:
             self.ttft_s.labels(record.model).observe(record.ttft_ms / 1000)
         if record.outcome is Outcome.OK:

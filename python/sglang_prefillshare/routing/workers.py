@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -23,7 +23,9 @@ import aiohttp
 from sglang_prefillshare.errors import WorkerError
 from sglang_prefillshare.protocol import BOUNDARY_RULE, WORKER_INFO_PATH, Role, WorkerInfo
 from sglang_prefillshare.request_fields import NO_LIMITS, Limits
+from sglang_prefillshare.routing.admission import Stock, foreign_tokens
 from sglang_prefillshare.routing.config import RouterConfig
+from sglang_prefillshare.routing.holdings import NOTHING, Hold, Holdings
 from sglang_prefillshare.routing.policy import DecodeSnapshot, PrefillSnapshot
 from sglang_prefillshare.routing.prefix_index import BYTES_PER_TOKEN, PrefixIndex
 from sglang_prefillshare.routing.worker_metrics import WORKER_METRICS_PATH
@@ -183,10 +185,11 @@ class Leg:
     """One half of a request on its worker. `legs` counts it from the moment its worker is chosen, so that requests
     that arrive together see each other; `fail` ends it from outside."""
 
-    __slots__ = ("is_complete", "lost_reason", "task", "tokens")
+    __slots__ = ("hold", "is_complete", "lost_reason", "task", "tokens")
 
-    def __init__(self, *, tokens: int) -> None:
+    def __init__(self, *, tokens: int, hold: Hold = NOTHING) -> None:
         self.tokens = tokens
+        self.hold = hold
         self.task: asyncio.Task[Any] | None = None  # set when the leg starts
         self.is_complete = False  # the worker has nothing left to abort
         self.lost_reason: str | None = None
@@ -196,6 +199,10 @@ class Leg:
             self.lost_reason = reason
             if self.task is not None:
                 self.task.cancel()
+
+
+def _ignore() -> None:
+    pass
 
 
 @dataclass(slots=True, eq=False)
@@ -220,6 +227,16 @@ class Worker:
     inflight_tokens: int = 0
     modules: tuple[str, ...] = ()
     """The decode modules that it is configured for."""
+    holdings: Holdings = field(default_factory=lambda: Holdings(block_tokens=1))
+    """What `legs` hold there."""
+    foreign_tokens: int = 0
+    """What others hold there, by the last two polls."""
+    foreign_seen: int = 0
+    """The same by the last poll alone."""
+    full_until_s: float = 0.0
+    """By `time.monotonic`: until then it takes nothing more, as it said itself (429, 503)."""
+    on_change: Callable[[], None] = _ignore
+    """Called when it may have more room than before."""
 
     @property
     def is_ready(self) -> bool:
@@ -259,12 +276,27 @@ class Worker:
     def begin(self, leg: Leg) -> None:
         self.legs.add(leg)
         self.inflight_tokens += leg.tokens
+        self.holdings.take(leg.hold)
 
     def end(self, leg: Leg) -> None:
         """Uncount a leg; doing it again changes nothing."""
         if leg in self.legs:
             self.legs.remove(leg)
             self.inflight_tokens -= leg.tokens
+            self.holdings.give_back(leg.hold)
+            self.on_change()
+
+    def stock(self, now_s: float) -> Stock:
+        """How full it is, for admission."""
+        return Stock(
+            self.role,
+            self.info.room if self.info is not None else None,
+            held_tokens=self.holdings.tokens,
+            foreign_tokens=self.foreign_tokens,
+            leg_count=len(self.legs),
+            backlog_tokens=self.inflight_tokens,
+            is_full=now_s < self.full_until_s,
+        )
 
     def observation(self) -> Observation:
         return Observation(
@@ -288,6 +320,8 @@ class Worker:
             "inflight_requests": len(self.legs),
             "inflight_prefill_tokens": self.inflight_tokens if self.role is Role.PREFILL else None,
             "missed_polls": self.misses,
+            "held_tokens": self.holdings.tokens,
+            "foreign_tokens": self.foreign_tokens,
             "info": self.info.to_json() if self.info else None,
         }
 
@@ -303,17 +337,26 @@ class WorkerPool:
         self._config = config
         self._index = index
         self.reference: str | None = None
-        self.prefill = [Worker(url, Role.PREFILL, None) for url in config.prefill]
+        self.on_change: Callable[[], None] = _ignore
+        """Called when a worker may take more than before: a leg ended, or a poll told something."""
+        self._block_tokens = max(1, config.prefix_block_bytes // BYTES_PER_TOKEN)
+        self.prefill = [self._worker(url, Role.PREFILL, None) for url in config.prefill]
         named: dict[str, list[str]] = {}
         for name, urls in config.decode.items():
             for url in urls:
                 named.setdefault(url, []).append(name)
-        decode = {url: Worker(url, Role.DECODE, ", ".join(names), modules=tuple(names)) for url, names in named.items()}
+        decode = {
+            url: self._worker(url, Role.DECODE, ", ".join(names), modules=tuple(names)) for url, names in named.items()
+        }
         self.decode: Mapping[str, list[Worker]] = {
             name: [decode[url] for url in urls] for name, urls in config.decode.items()
         }
         self._decode = tuple(decode.values())
         self._by_url = {worker.url: worker for worker in self}
+
+    def _worker(self, url: str, role: Role, model: str | None, modules: tuple[str, ...] = ()) -> Worker:
+        holdings = Holdings(block_tokens=self._block_tokens)
+        return Worker(url, role, model, modules=modules, holdings=holdings, on_change=lambda: self.on_change())
 
     def __iter__(self) -> Iterator[Worker]:
         yield from self.prefill
@@ -382,8 +425,7 @@ class WorkerPool:
         )
 
     def _matched_tokens(self, worker: Worker, chains: Sequence[Sequence[int]]) -> int:
-        block_tokens = max(1, self._config.prefix_block_bytes // BYTES_PER_TOKEN)
-        return sum(self._index.match(worker.url, chain) for chain in chains) * block_tokens
+        return sum(self._index.match(worker.url, chain) for chain in chains) * self._block_tokens
 
     def missing(self, modules: Sequence[str] | None = None) -> list[str]:
         """What keeps requests for `modules` (default: all) from being served, in words; empty if nothing."""
@@ -430,6 +472,9 @@ class WorkerPool:
             # It restarted, or its weights changed: whatever KV it held is gone.
             self._index.drop(worker.url)
         worker.info, worker.problem, worker.lost = info, problem, None
+        foreign = foreign_tokens(info.room if info is not None else None, held_tokens=worker.holdings.tokens)
+        # Twice in a row: of a request that has just ended, a worker's word may still count what it held.
+        worker.foreign_tokens, worker.foreign_seen = min(foreign, worker.foreign_seen), foreign
         worker.was_seen = True
         worker.misses = 0
         worker.is_silent.clear()
@@ -483,7 +528,10 @@ class WorkerPool:
         return verdicts
 
     def _judge_all(self) -> None:
-        verdicts = self.verdicts()
+        self._apply(self.verdicts())
+        self.on_change()
+
+    def _apply(self, verdicts: Mapping[str, Verdict]) -> None:
         for worker in self:
             verdict = verdicts[worker.url]
             if verdict == worker.verdict:

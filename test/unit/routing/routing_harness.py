@@ -71,7 +71,8 @@ class Seen:
 class FakeWorker:
     """`behave` scripts the generation endpoints: ok, bad, broken, hang, hang_after_first, die, die_mid_stream,
     die_mid_body, broken_then_silent (to polls), transfer_failed, or "slow:<seconds>"; `script` goes first, one word a
-    call. What it saw is in `seen`, `aborted` and `dropped`. `metrics` is the page it shows; `None` is 404."""
+    call. What it saw is in `seen`, `aborted` and `dropped`; `active` calls are being answered. `metrics` is the page it
+    shows; `None` is 404."""
 
     info: WorkerInfo
     behave: str = "ok"
@@ -84,6 +85,8 @@ class FakeWorker:
     aborted: list[str] = field(default_factory=list)
     finish_reason: Any = field(default_factory=lambda: {"type": "length", "length": 1})
     dropped: int = 0
+    active: int = 0
+    most_active: int = 0
     flushed: list[str] = field(default_factory=list)
     poll_headers: list[dict[str, str]] = field(default_factory=list)
     port: int = 0
@@ -159,11 +162,15 @@ class FakeWorker:
         body = json.loads(raw)
         self.seen.append(Seen(request.path, {k.lower(): v for k, v in request.headers.items()}, raw, body))
         self.arrived.set()
+        self.active += 1
+        self.most_active = max(self.most_active, self.active)
         try:
             return await self._answer(request, body)
         except asyncio.CancelledError:
             self.dropped += 1
             raise
+        finally:
+            self.active -= 1
 
     async def _echo(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         """Answers of /generate as SGLang has them, with the rids it was given; streams in pieces of seven bytes."""
@@ -285,6 +292,8 @@ class System:
         for worker in self.router.pool:
             assert not worker.legs, worker.url
             assert worker.inflight_tokens == 0, worker.url
+            assert worker.holdings.tokens == 0, worker.url
+        assert not self.router.dispatcher.gate
 
 
 @dataclass

@@ -29,6 +29,7 @@ CUTS = {
     # what ended the call:  recorded as          and what the client gets, if it was told   nothing, a part, all
     Cut.REJECTED: (Outcome.REJECTED, (Step.TELL, Step.END_STREAM, Step.NOTHING)),
     Cut.UNPLACED: (Outcome.UNAVAILABLE, (Step.TELL, Step.END_STREAM, Step.NOTHING)),
+    Cut.OVERLOADED: (Outcome.OVERLOADED, (Step.TELL, Step.END_STREAM, Step.NOTHING)),
     Cut.CLIENT_GONE: (Outcome.DISCONNECTED, (Step.NOTHING, Step.NOTHING, Step.NOTHING)),
     Cut.DEADLINE: (Outcome.TIMEOUT, (Step.TELL, Step.END_STREAM, Step.NOTHING)),
     Cut.CANCELLED: (Outcome.CANCELLED, (Step.NOTHING, Step.NOTHING, Step.NOTHING)),

@@ -1,0 +1,105 @@
+"""Whether a worker has room for a request: values in, a decision out (pure).
+
+What does not fit now would wait inside a worker, where it holds what others need, or be retracted there. So it waits in
+the router, where it costs nothing and its prefix may become cached meanwhile. `waiting` has the order of those that
+wait, `gate` lets them through.
+
+A worker's room is its pool less what requests hold there: ours as `holdings` counts them, each with all that it will
+have generated, and others' by what the worker says is used beyond that. What the worker's cache can give up is room.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from sglang_prefillshare.protocol import Role, Room
+from sglang_prefillshare.routing.config import AdmissionConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Stock:
+    """How full a worker is, in tokens; without a `room` nothing is known of it, and nothing limits it.
+
+    `held_tokens` is what our legs there hold, `foreign_tokens` what others do, `leg_count` how many are ours.
+    `backlog_tokens` is what its legs have to compute yet (prefill alone). A worker that `is_full` said so itself.
+    """
+
+    role: Role
+    room: Room | None
+    held_tokens: int = 0
+    foreign_tokens: int = 0
+    leg_count: int = 0
+    backlog_tokens: int = 0
+    is_full: bool = False
+
+
+def has_room(stock: Stock, need_tokens: int, *, config: AdmissionConfig) -> bool:
+    """Whether a request that adds `need_tokens` to what is held can go there now.
+
+    A worker that carries nothing of ours takes every request that is larger than its pool: to refuse it with a reason
+    is the worker's business. More is computed ahead on a prefill worker than `prefill_backlog_tokens` by one request at
+    most: so it never waits for work, and what waits is in our order and not in its.
+    """
+    if stock.is_full:
+        return False
+    if stock.room is None:
+        return True
+    if stock.leg_count == 0 and need_tokens > stock.room.pool_tokens:
+        return True
+    if stock.role is Role.PREFILL and stock.backlog_tokens >= config.prefill_backlog_tokens:
+        return False
+    return stock.held_tokens + stock.foreign_tokens + need_tokens <= stock.room.pool_tokens
+
+
+def foreign_tokens(room: Room | None, *, held_tokens: int) -> int:
+    """What a worker holds that is not ours: health checks, other routers' requests, and what we take for too little.
+
+    `held_tokens` is what our legs there hold, with all that they will have generated, which is more than they hold yet.
+    """
+    if room is None or room.running_requests + room.waiting_requests == 0:
+        return 0
+    return max(0, room.used_tokens - held_tokens)
+
+
+def output_tokens(limits: Sequence[int | None], *, config: AdmissionConfig) -> list[int]:
+    """What each of a request's answers will have, at most or, where the request sets no limit, as `config` expects."""
+    return [
+        min(config.expected_output_tokens if limit is None else limit, config.counted_output_tokens) for limit in limits
+    ]
+
+
+_MIN_RETRY_AFTER_S: Final = 1
+
+
+def retry_after_s(ahead: int, *, admitted_per_s: float | None, config: AdmissionConfig) -> int:
+    """When to come again, if `ahead` requests wait: once most of them are through, by the pace of late."""
+    longest = math.ceil(config.queue_timeout_s)
+    if not admitted_per_s:
+        return max(_MIN_RETRY_AFTER_S, min(5, longest))
+    return max(_MIN_RETRY_AFTER_S, min(longest, math.ceil(ahead / admitted_per_s)))
+
+
+class Pace:
+    """How many requests per second are let through of late: an average that forgets half in `half_life_s` seconds."""
+
+    def __init__(self, *, half_life_s: float = 10.0) -> None:
+        self._half_life_s = half_life_s
+        self._count = 0.0  # weighted by age
+        self._span_s = 0.0  # likewise
+        self._last_s: float | None = None
+
+    def note(self, now_s: float) -> None:
+        if self._last_s is not None:
+            elapsed = max(0.0, now_s - self._last_s)
+            kept = math.exp2(-elapsed / self._half_life_s)
+            self._count = self._count * kept + 1
+            self._span_s = self._span_s * kept + elapsed
+        self._last_s = now_s
+
+    @property
+    def per_s(self) -> float | None:
+        """`None` until two were noted at different times."""
+        return self._count / self._span_s if self._span_s > 0 else None

@@ -1,0 +1,166 @@
+"""Lets requests through to their workers, at once where these have room; otherwise they wait here, holding nothing.
+
+`admission` says what has room, `waiting` who is next, `placement` where to. Those that wait are looked at again when a
+leg ends or a poll tells something; nothing here polls. A request waits for `queue_timeout_s` at most, and leaves when
+its client does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sglang_prefillshare.routing.admission import Pace, retry_after_s
+from sglang_prefillshare.routing.client import ClientGoneError, Receive, wait_until_gone
+from sglang_prefillshare.routing.config import AdmissionConfig
+from sglang_prefillshare.routing.placement import Chains, NoRoom, Placed, Placer
+from sglang_prefillshare.routing.request import ClientRequest
+from sglang_prefillshare.routing.telemetry import Metrics, Timings
+from sglang_prefillshare.routing.waiting import Entry, Line
+
+
+class Refusal(StrEnum):
+    """Why a request was turned away; a label of the counter."""
+
+    FULL = "queue_full"
+    TIMEOUT = "queue_timeout"
+
+
+class OverloadedError(Exception):
+    """A request found no room in time; the message is for the client, who may come again after `retry_after_s`."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiter:
+    request: ClientRequest
+    chains: Chains
+    placed: asyncio.Future[Placed]
+    since_s: float
+
+
+class Gate:
+    """One for all requests of a router."""
+
+    def __init__(self, config: AdmissionConfig, *, placer: Placer, metrics: Metrics) -> None:
+        self._config = config
+        self._placer = placer
+        self._metrics = metrics
+        self._line: Line[_Waiter] = Line()
+        self._pace = Pace()
+        self._is_called = False
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._line)
+
+    def counts(self) -> dict[str, int]:
+        """How many wait, by module; those that ever had any."""
+        return self._line.counts()
+
+    async def enter(self, request: ClientRequest, chains: Chains, receive: Receive, *, timings: Timings) -> Placed:
+        """The request's workers, with its legs counted there; the caller releases them. Returns without a switch of
+        tasks if they have room and nobody waits; how long it waited is added to `timings`, whatever comes of it.
+
+        Raises `OverloadedError`, `UnplacedError` where no worker is ready, also while it waits, and `ClientGoneError`.
+        """
+        if not self._config.is_on:
+            return self._placer.place(request, chains)
+        if not self._line:
+            placed = self._placer.place_where_room(request, chains)
+            if isinstance(placed, Placed):
+                self._pace.note(time.monotonic())
+                return placed
+        if len(self._line) >= self._config.queue_size:
+            raise self._overloaded(
+                request, Refusal.FULL, f"{len(self._line)} requests wait already, and no more may (--queue-size)."
+            )
+        waiter = _Waiter(request, chains, asyncio.get_running_loop().create_future(), time.monotonic())
+        is_new = self._placer.is_new_session(request)
+        entry = Entry(waiter, request.module, request.session_key, request.priority, is_new)
+        self._line.add(entry)
+        self._metrics.queued.labels(request.module).inc()
+        try:
+            self._let_through()
+            if not waiter.placed.done():
+                try:
+                    await self._wait(waiter, receive)
+                finally:
+                    timings.queue_ms += (time.monotonic() - waiter.since_s) * 1000
+        except BaseException:
+            if waiter.placed.done() and not waiter.placed.cancelled() and waiter.placed.exception() is None:
+                waiter.placed.result().release()
+            raise
+        finally:
+            self._metrics.queued.labels(request.module).dec()
+            self._line.remove(entry, is_served=False)
+            self.call()  # whoever comes next may need less
+        return waiter.placed.result()
+
+    def call(self) -> None:
+        """Have those that wait looked at again, soon and once, however often it is called."""
+        if self._line and not self._is_called:
+            self._is_called = True
+            asyncio.get_running_loop().call_soon(self._let_through)
+
+    def clear(self) -> None:
+        """Look at all that wait, now: with a placer that is stopping, all are told so."""
+        self._let_through()
+
+    async def _wait(self, waiter: _Waiter, receive: Receive) -> None:
+        """Until `waiter` is let through or told why not; its client is watched meanwhile."""
+        gone = asyncio.ensure_future(wait_until_gone(receive))
+        try:
+            await asyncio.wait(
+                (waiter.placed, gone), timeout=self._config.queue_timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if gone.done():
+                gone.result()
+                raise ClientGoneError
+        finally:
+            gone.cancel()
+        if not waiter.placed.done():
+            raise self._overloaded(
+                waiter.request,
+                Refusal.TIMEOUT,
+                f"The workers had no room for the request within {self._config.queue_timeout_s:g} s (--queue-timeout).",
+            )
+
+    def _let_through(self) -> None:
+        """Everyone whose turn it is and whose workers have room.
+
+        Who is next in a module and finds none keeps the rest of it waiting, and what they need is kept for them: so
+        what is large goes through, too.
+        """
+        self._is_called = False
+        blocked: set[str] = set()
+        closed: set[str] = set()
+        now_s = time.monotonic()
+        while (entry := self._line.head(without=blocked)) is not None:
+            waiter = entry.item
+            is_patient = now_s - waiter.since_s < self._config.patience_s
+            try:
+                placed = self._placer.place_where_room(
+                    waiter.request, waiter.chains, closed=closed, is_patient=is_patient
+                )
+            except Exception as error:  # no worker is ready; a bug of ours must not stop the line
+                self._line.remove(entry, is_served=False)
+                waiter.placed.set_exception(error)
+                continue
+            if isinstance(placed, NoRoom):
+                blocked.add(entry.module)
+                closed |= placed.workers
+                continue
+            self._line.remove(entry, is_served=True)
+            self._pace.note(now_s)
+            waiter.placed.set_result(placed)
+
+    def _overloaded(self, request: ClientRequest, reason: Refusal, message: str) -> OverloadedError:
+        self._metrics.refusals.labels(request.module, reason).inc()
+        after_s = retry_after_s(len(self._line) + 1, admitted_per_s=self._pace.per_s, config=self._config)
+        return OverloadedError(f"{message} Try again in {after_s} s.", retry_after_s=after_s)
