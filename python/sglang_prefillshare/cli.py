@@ -143,6 +143,9 @@ def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path 
 @click.option("--queue-timeout", "queue_timeout_s", type=float, help="Seconds a request may wait for room.")
 @click.option("--expected-output-tokens", type=int, help="Room for the answer of a request that sets no limit to it.")
 @click.option("--prefill-backlog-tokens", type=int, help="Prompt tokens that a prefill worker has ahead to compute.")
+@click.option("--retries", type=int, help="More pairs of workers that a call may get before its answer began.")
+@click.option("--breaker-failures", type=int, help="Failures in a row after which a worker is left out; 0: never.")
+@click.option("--breaker-backoff", type=float, help="Seconds until it is tried again, doubled with each failure.")
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
@@ -155,7 +158,7 @@ def route(
 ) -> None:
     """Run the router alone, in front of workers that already run."""
     _log_to_stderr(log_level)
-    from sglang_prefillshare.routing.config import AdmissionConfig, PolicyConfig, RouterConfig
+    from sglang_prefillshare.routing.config import AdmissionConfig, BreakerConfig, PolicyConfig, RouterConfig
 
     modules: dict[str, list[str]] = {}
     for entry in decode:
@@ -173,7 +176,9 @@ def route(
     admission = AdmissionConfig(
         is_on=not no_admission, **{key: given.pop(key) for key in admission_keys if key in given}
     )
-    config = RouterConfig(prefill=prefill, decode=modules, policy=policy, admission=admission, **given)
+    breaker_keys = {"breaker_failures": "failures_to_open", "breaker_backoff": "backoff_s"}
+    breaker = BreakerConfig(**{name: given.pop(key) for key, name in breaker_keys.items() if key in given})
+    config = RouterConfig(prefill=prefill, decode=modules, policy=policy, admission=admission, breaker=breaker, **given)
 
     from sglang_prefillshare.routing.server import serve
 

@@ -186,6 +186,7 @@ class Router:
             labels = (worker.role, worker.model or "", worker.url)
             self.metrics.worker_metrics_missing.labels(*labels).set(worker.url not in families)
             self.metrics.worker_ready.labels(*labels).set(worker.is_ready)
+            self.metrics.worker_breaker_open.labels(*labels).set(worker.breaker.is_avoided)
             self.metrics.worker_inflight.labels(*labels).set(len(worker.legs))
             if worker.model is None:
                 self.metrics.worker_inflight_tokens.labels(worker.url).set(worker.inflight_tokens)

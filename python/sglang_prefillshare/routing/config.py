@@ -75,6 +75,28 @@ class AdmissionConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BreakerConfig:
+    """When a worker that fails gets no requests, and for how long.
+
+    `failures_to_open` in a row open its breaker, 0 never do; `backoff_s` later one request tries it, and each failure
+    of that doubles the wait, up to `max_backoff_s`.
+    """
+
+    failures_to_open: int = 5
+    backoff_s: float = 2.0
+    max_backoff_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.failures_to_open < 0:
+            raise ConfigError(f"failures_to_open is {self.failures_to_open}, wanted 0 or more; 0 turns breakers off.")
+        if not 0 < self.backoff_s <= self.max_backoff_s < float("inf"):
+            raise ConfigError(
+                f"backoff_s is {self.backoff_s} and max_backoff_s {self.max_backoff_s}, wanted positive numbers of "
+                "seconds of which the second is not less."
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RouterConfig:
     """Everything `prefillshare route` needs.
 
@@ -114,6 +136,9 @@ class RouterConfig:
     """Bound of the prefix index, for each worker."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    breaker: BreakerConfig = field(default_factory=BreakerConfig)
+    retries: int = 1
+    """How many more pairs of legs a call may get, where another can change anything."""
 
     def __post_init__(self) -> None:
         if isinstance(self.prefill, str):
@@ -148,6 +173,8 @@ class RouterConfig:
         ):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}, wanted a positive number of seconds.")
+        if self.retries < 0:
+            raise ConfigError(f"retries is {self.retries}, wanted 0 or more.")
         if not 0 <= self.stop_grace_s < float("inf"):
             raise ConfigError(f"stop_grace_s is {self.stop_grace_s}, wanted 0 or more seconds.")
         for name in (

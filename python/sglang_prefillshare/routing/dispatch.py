@@ -1,8 +1,8 @@
 """One request from its body to its answer and its record: parse, place, run both legs, answer.
 
 A pair of legs that failed because its prefill worker was lost, or because a worker refused the connection, is replaced
-once by a new pair, as long as the client has seen nothing of the first. That, and what each way to end means for the
-client and for the record, is `endings`' to say.
+by a new pair (`retries` times), as long as the client has seen nothing of the first. That, and what each way to end
+means for the client and for the record, is `endings`' to say.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sglang_prefillshare.routing.request import (
     parse_request,
 )
 from sglang_prefillshare.routing.telemetry import CallLog, CallRecord, Metrics, Outcome, Timings
-from sglang_prefillshare.routing.workers import WorkerPool
+from sglang_prefillshare.routing.workers import Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,8 @@ class Dispatcher:
             logger.exception("call %s failed in the router", call.reply.request_id)
             message = f"The router failed ({type(error).__name__}); its log says more."
             cut, trouble = Cut.FAULT, Trouble(500, message, "internal_error")
-        return conclude(cut=cut, said=call.reply.said), trouble
+        conclusion = conclude(cut=cut, said=call.reply.said)
+        return conclusion, None if conclusion.outcome is Outcome.OK else trouble
 
     async def _accept(
         self,
@@ -202,26 +203,29 @@ class Dispatcher:
         )
 
     async def _run_attempts(self, call: Call, job: Job, receive: Receive) -> tuple[Conclusion, Trouble | None]:
-        """Place the request and run its legs; if `endings` says so, once more, with another worker in the place of the
-        one that failed."""
+        """Place the request and run its legs; as often as `endings` says so, and `retries` allows it, once more, with
+        other workers in the place of those that failed."""
         request = job.request
         chains = request.chains(block_bytes=self._config.prefix_block_bytes)
         placed = await self._enter(call, request, chains, receive)
-        end = await self._run_attempt(call, Attempt(job, placed, may_retry=True), receive)
-        failure = end.failure
-        if failure is not None and failure.end is LegEnd.UNSENT:
-            self._pool.connection_refused(failure.worker)
-        conclusion = _conclusion(call, end, may_retry=not self._placer.is_stopping)
-        if conclusion.step is Step.RETRY:
-            assert failure is not None
+        failed: list[Worker] = []
+        while True:
+            retries_left = self._config.retries - len(failed)
+            end = await self._run_attempt(call, Attempt(job, placed, may_retry=retries_left > 0), receive)
+            failure = end.failure
+            if failure is not None and failure.end is LegEnd.UNSENT:
+                self._pool.connection_refused(failure.worker)
+            if job.deadline.expired():
+                raise TimeoutError  # a leg that failed at that very moment took the cancellation with it
+            conclusion = _conclusion(call, end, may_retry=retries_left > 0 and not self._placer.is_stopping)
+            if failure is None or conclusion.step is not Step.RETRY:
+                return conclusion, _trouble(failure)
+            failed.append(failure.worker)
             try:
-                placed = self._placer.place(request, chains, before=placed, instead_of=failure.worker)
+                placed = self._placer.place(request, chains, before=placed, instead_of=failed)
             except UnplacedError:  # the client is told what came before
                 return _conclusion(call, end, may_retry=False), _trouble(failure)
             self._metrics.retries.labels(failure.worker.role).inc()
-            end = await self._run_attempt(call, Attempt(job, placed, may_retry=False), receive)
-            conclusion = _conclusion(call, end, may_retry=False)
-        return conclusion, _trouble(end.failure)
 
     async def _enter(self, call: Call, request: ClientRequest, chains: Chains, receive: Receive) -> Placed:
         """The request's workers, once they have room."""

@@ -117,11 +117,14 @@ def conclude(
 ) -> Conclusion:
     """What follows when a call, or a pair of its legs, has ended.
 
-    A `cut` comes before whatever the legs did. Without one, the call is well if decode's answer is whole and the client
+    A `cut` comes before whatever the legs did, but for a deadline that comes when the client has its whole answer and
+    only prefill's leg is still waited for. Without one, the call is well if decode's answer is whole and the client
     has it, since the KV did arrive then; else the leg of `first`, which failed first, decides. `may_retry` says that
-    this was the first pair and that the router still places requests.
+    another pair may follow this one and that the router still places requests.
     """
-    if cut is not None:
+    if cut is Cut.DEADLINE and said is Said.ALL:
+        row = _WHOLE
+    elif cut is not None:
         row = _CUTS[cut]
     elif decode is LegEnd.WHOLE and said is Said.ALL:
         row = _WHOLE

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 
 import aiohttp
 
 from sglang_prefillshare.routing.answers import WorkerFailure
+from sglang_prefillshare.routing.breaker import Fault
 from sglang_prefillshare.routing.endings import LegEnd
 from sglang_prefillshare.routing.workers import Worker
 
@@ -25,6 +27,22 @@ class LegFailure:
     status: int
     message: str
     answer: tuple[bytes, bytes] | None = None
+
+    @property
+    def is_backpressure(self) -> bool:
+        """Whether the worker said that it is full, which is no fault."""
+        return self.answer is not None and self.status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+
+    @property
+    def fault(self) -> Fault | None:
+        """What the worker did wrong; None where it did nothing, or where polls say of it what there is to say."""
+        match self.end:
+            case LegEnd.UNSENT | LegEnd.BROKEN:
+                return Fault.TRANSPORT
+            case LegEnd.SILENT | LegEnd.FAILED | LegEnd.CUT_FAILED:
+                return None if self.is_backpressure else Fault.ANSWER
+            case _:
+                return None
 
 
 class LegError(Exception):

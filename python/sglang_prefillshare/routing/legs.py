@@ -25,7 +25,7 @@ from sglang_prefillshare.routing.attempt import Accounting, Attempt, AttemptEnd
 from sglang_prefillshare.routing.client import ClientGoneError, Receive, wait_until_gone
 from sglang_prefillshare.routing.config import RouterConfig
 from sglang_prefillshare.routing.endings import LegEnd
-from sglang_prefillshare.routing.failures import LegError, ended_early, lost, peer_errors, refused_by
+from sglang_prefillshare.routing.failures import LegError, LegFailure, ended_early, lost, peer_errors, refused_by
 from sglang_prefillshare.routing.placement import Placer
 from sglang_prefillshare.routing.request import (
     HOP_BY_HOP,
@@ -46,6 +46,8 @@ _NOT_RETURNED: Final = frozenset(
     name.encode() for name in (*HOP_BY_HOP, "content-length", "date", "server", REQUEST_ID_HEADER)
 )
 _ACCOUNTING_WAIT_S: Final = 0.05
+_FULL_FOR_S: Final = 1.0
+"""How long a worker that says it is full gets nothing."""
 _TRANSFER_FAILURES: Final = (b"Decode transfer failed", b"Decode handshake failed")
 """How SGLang's decode workers begin the error of a request whose KV did not come, whatever the reason."""
 
@@ -112,6 +114,7 @@ class Legs:
                     raise refused_by(worker, response, answer, is_silent=is_silent)
                 attempt.accounting = self.account(response, answer)
                 attempt.prefill_end = LegEnd.WHOLE
+                _note_success(worker, leg)
         except (LegError, TimeoutError) as error:
             if not attempt.is_answered:
                 raise
@@ -183,6 +186,7 @@ class Legs:
                 raise ended_early(worker, failure)
         leg.is_complete = True
         attempt.decode_end = LegEnd.WHOLE
+        _note_success(worker, leg)
         if not reply.is_started:
             await reply.start(200, headers)
         await self._account_answered(attempt)
@@ -195,6 +199,7 @@ class Legs:
         if failure is not None:
             raise ended_early(worker, failure)
         attempt.decode_end = LegEnd.WHOLE
+        _note_success(worker, leg)
         await self._account_answered(attempt)
         named = ClientIds(attempt.pairing.rids, attempt.job.request.rids)
         await attempt.job.reply.whole(200, _returned_headers(response), named(answer))
@@ -260,6 +265,8 @@ class Legs:
                 yield
         except LegError as error:
             attempt.failed(error.failure)
+            if error.failure.worker is worker:
+                _note_failure(worker, leg, error.failure)
             leg.is_complete = leg.is_complete or error.failure.end is LegEnd.UNSENT
             raise
         except asyncio.CancelledError:
@@ -283,6 +290,29 @@ async def _watch_client(attempt: Attempt, receive: Receive) -> None:
     if not attempt.is_answered:
         attempt.abort_cause = attempt.abort_cause or "client"
         raise ClientGoneError
+
+
+def _note_success(worker: Worker, leg: Leg) -> None:
+    assert leg.permit is not None
+    worker.breaker.succeeded(leg.permit)
+
+
+def _note_failure(worker: Worker, leg: Leg, failure: LegFailure) -> None:
+    """What a failure says of its worker: that it is full for a moment, that it is well, or that it is not."""
+    assert leg.permit is not None
+    if failure.is_backpressure:
+        worker.full_until_s = time.monotonic() + _FULL_FOR_S
+        return
+    fault = failure.fault
+    if fault is None:
+        if failure.end is not LegEnd.DOWN:
+            worker.breaker.succeeded(leg.permit)
+        return
+    before = worker.breaker.opened_count
+    worker.breaker.failed(leg.permit, fault)
+    if worker.breaker.opened_count > before:
+        failures = worker.breaker.consecutive_failures
+        logger.warning("%s failed %d times in a row and is left out: %s", worker.label, failures, failure.message)
 
 
 def _returned_headers(response: aiohttp.ClientResponse) -> list[tuple[bytes, bytes]]:

@@ -92,24 +92,21 @@ class Placer:
         chains: Chains,
         *,
         before: Placed | None = None,
-        instead_of: Worker | None = None,
+        instead_of: Collection[Worker] = (),
     ) -> Placed:
         """Choose the workers, whether or not they have room, and note the choice. With `before`, only those of its
-        workers are replaced that are not ready any more, or are `instead_of`, which is not chosen again. Raises
+        workers are replaced that cannot serve any more, or are in `instead_of`, which are not chosen again. Raises
         `UnplacedError` where there is none.
         """
         self._raise_if_missing(request.module)
-        prefill = decode = None
-        if before is not None:
-            if before.prefill.worker is not instead_of and before.prefill.worker.is_ready:
-                prefill = before.prefill
-            if before.decode.worker is not instead_of and before.decode.worker.is_ready_for(request.module):
-                decode = before.decode
-        if prefill is None:
-            decision = self._pick_prefill(request, self._prefill_snapshots(request, chains, instead_of))
+        prefilling = self._usable(Role.PREFILL, request.module, instead_of)
+        decoding = self._usable(Role.DECODE, request.module, instead_of)
+        prefill, decode = (before.prefill, before.decode) if before is not None else (None, None)
+        if prefill is None or prefill.worker not in prefilling:
+            decision = self._pick_prefill(request, self._prefill_snapshots(request, chains, prefilling))
             prefill = self._noted(Role.PREFILL, decision, request, chains)
-        if decode is None:
-            decision = self._pick_decode(request, self._decode_snapshots(request, chains, instead_of))
+        if decode is None or decode.worker not in decoding:
+            decision = self._pick_decode(request, self._decode_snapshots(request, chains, decoding))
             decode = self._noted(Role.DECODE, decision, request, chains)
         holds = {choice.worker.url: self._hold(request, chains, choice.worker) for choice in (prefill, decode)}
         return _begun(request, prefill, decode, holds=holds)
@@ -130,16 +127,17 @@ class Placer:
             hold = holds[worker.url] = self._hold(request, chains, worker)
             return has_room(worker.stock(now_s), worker.holdings.need(hold), config=self._config.admission)
 
-        decoding = [worker for worker in self._pool.decode[request.module] if worker.is_ready_for(request.module)]
+        decoding = self._usable(Role.DECODE, request.module)
+        prefilling = self._usable(Role.PREFILL, request.module)
         roomy = {worker.url for worker in decoding if takes(worker)}
         if not roomy:
             return NoRoom(frozenset(worker.url for worker in decoding))
-        of_decode = self._decode_snapshots(request, chains, None)
+        of_decode = self._decode_snapshots(request, chains, decoding)
         decode = self._pick_decode(request, of_decode)
         if decode.worker not in roomy:  # what another lacks of the prefix is copied, not computed
             decode = self._pick_decode(request, [snapshot for snapshot in of_decode if snapshot.url in roomy])
 
-        of_prefill = self._prefill_snapshots(request, chains, None)
+        of_prefill = self._prefill_snapshots(request, chains, prefilling)
         prefill = self._pick_prefill(request, of_prefill)
         if not takes(self._pool[prefill.worker]):
             others = [snapshot for snapshot in of_prefill if takes(self._pool[snapshot.url])]
@@ -157,7 +155,9 @@ class Placer:
 
     def can_replace_prefill(self, worker: Worker) -> bool:
         """Whether a request could be prefilled by another worker than this one."""
-        return not self.is_stopping and any(other.is_ready and other is not worker for other in self._pool.prefill)
+        return not self.is_stopping and any(
+            other.is_ready and other is not worker and not other.breaker.is_shut for other in self._pool.prefill
+        )
 
     def is_new_session(self, request: ClientRequest) -> bool:
         """Whether no call of its session was placed before; of a request without one, that too."""
@@ -176,23 +176,36 @@ class Placer:
 
     # -- choosing
 
+    def _usable(self, role: Role, module: str, without: Collection[Worker] = ()) -> list[Worker]:
+        """The ready workers of one side whose breakers let a request through, or those that are only better avoided.
+        Raises `UnplacedError` where there are none.
+        """
+        if role is Role.PREFILL:
+            ready = [worker for worker in self._pool.prefill_workers(module) if worker.is_ready]
+        else:
+            ready = [worker for worker in self._pool.decode[module] if worker.is_ready_for(module)]
+        others = [worker for worker in ready if worker not in without]
+        found = [worker for worker in others if not worker.breaker.is_avoided]
+        found = found or [worker for worker in others if not worker.breaker.is_shut]
+        if found:
+            return found
+        which = "prefill worker" if role is Role.PREFILL else f"worker of the decode module {module!r}"
+        if not others:
+            raise UnplacedError(f"No other {which} is ready.")
+        failing = ", ".join(worker.url for worker in others)
+        raise UnplacedError(f"No {which} takes requests now: {failing} failed several times in a row.")
+
     def _prefill_snapshots(
-        self, request: ClientRequest, chains: Chains, instead_of: Worker | None
+        self, request: ClientRequest, chains: Chains, among: Collection[Worker]
     ) -> list[PrefillSnapshot]:
         counts = self._counts_for(request, self._prefill_sessions)
-        snapshots = self._pool.prefill_snapshots(request.module, chains, without=instead_of, session_counts=counts)
-        if not snapshots:
-            raise UnplacedError("No other prefill worker is ready.")
-        return snapshots
+        return self._pool.prefill_snapshots(request.module, chains, among=among, session_counts=counts)
 
     def _decode_snapshots(
-        self, request: ClientRequest, chains: Chains, instead_of: Worker | None
+        self, request: ClientRequest, chains: Chains, among: Collection[Worker]
     ) -> list[DecodeSnapshot]:
         counts = self._counts_for(request, self._decode_sessions[request.module])
-        snapshots = self._pool.decode_snapshots(request.module, chains, without=instead_of, session_counts=counts)
-        if not snapshots:
-            raise UnplacedError(f"No other worker of the decode module {request.module!r} is ready.")
-        return snapshots
+        return self._pool.decode_snapshots(request.module, chains, among=among, session_counts=counts)
 
     def _pick_prefill(self, request: ClientRequest, snapshots: Sequence[PrefillSnapshot]) -> Decision:
         sessions = self._prefill_sessions

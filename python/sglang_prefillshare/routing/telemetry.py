@@ -150,6 +150,11 @@ class Metrics:
         self.queued = gauge("queued_requests", "Calls that wait for room.", "model")
         self.refusals = counter("refusals", "Calls turned away, as no worker had room for them.", "model", "reason")
         self.worker_ready = gauge("worker_ready", "1 if the worker takes requests.", "role", "model", "worker")
+        self.worker_breaker_open = gauge(
+            "worker_breaker_open",
+            "1 if it failed several times in a row and others get its requests.",
+            *("role", "model", "worker"),
+        )
         self.worker_metrics_missing = gauge(
             "worker_metrics_missing",
             "1 if the sums of the workers' prefillshare_handoff and prefillshare_pages metrics on this page lack the "

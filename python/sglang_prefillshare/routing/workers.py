@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -24,7 +24,8 @@ from sglang_prefillshare.errors import WorkerError
 from sglang_prefillshare.protocol import BOUNDARY_RULE, WORKER_INFO_PATH, Role, WorkerInfo
 from sglang_prefillshare.request_fields import NO_LIMITS, Limits
 from sglang_prefillshare.routing.admission import Stock, foreign_tokens
-from sglang_prefillshare.routing.config import RouterConfig
+from sglang_prefillshare.routing.breaker import Breaker, Permit
+from sglang_prefillshare.routing.config import BreakerConfig, RouterConfig
 from sglang_prefillshare.routing.holdings import NOTHING, Hold, Holdings
 from sglang_prefillshare.routing.policy import DecodeSnapshot, PrefillSnapshot
 from sglang_prefillshare.routing.prefix_index import BYTES_PER_TOKEN, PrefixIndex
@@ -185,11 +186,12 @@ class Leg:
     """One half of a request on its worker. `legs` counts it from the moment its worker is chosen, so that requests
     that arrive together see each other; `fail` ends it from outside."""
 
-    __slots__ = ("hold", "is_complete", "lost_reason", "task", "tokens")
+    __slots__ = ("hold", "is_complete", "lost_reason", "permit", "task", "tokens")
 
     def __init__(self, *, tokens: int, hold: Hold = NOTHING) -> None:
         self.tokens = tokens
         self.hold = hold
+        self.permit: Permit | None = None  # set when it is counted
         self.task: asyncio.Task[Any] | None = None  # set when the leg starts
         self.is_complete = False  # the worker has nothing left to abort
         self.lost_reason: str | None = None
@@ -235,6 +237,7 @@ class Worker:
     """The same by the last poll alone."""
     full_until_s: float = 0.0
     """By `time.monotonic`: until then it takes nothing more, as it said itself (429, 503)."""
+    breaker: Breaker = field(default_factory=lambda: Breaker(BreakerConfig()))
     on_change: Callable[[], None] = _ignore
     """Called when it may have more room than before."""
 
@@ -277,6 +280,7 @@ class Worker:
         self.legs.add(leg)
         self.inflight_tokens += leg.tokens
         self.holdings.take(leg.hold)
+        leg.permit = self.breaker.permit()
 
     def end(self, leg: Leg) -> None:
         """Uncount a leg; doing it again changes nothing."""
@@ -284,6 +288,8 @@ class Worker:
             self.legs.remove(leg)
             self.inflight_tokens -= leg.tokens
             self.holdings.give_back(leg.hold)
+            assert leg.permit is not None
+            self.breaker.give_back(leg.permit)
             self.on_change()
 
     def stock(self, now_s: float) -> Stock:
@@ -320,6 +326,11 @@ class Worker:
             "inflight_requests": len(self.legs),
             "inflight_prefill_tokens": self.inflight_tokens if self.role is Role.PREFILL else None,
             "missed_polls": self.misses,
+            "breaker": {
+                "state": self.breaker.state,
+                "consecutive_failures": self.breaker.consecutive_failures,
+                "openings": self.breaker.opened_count,
+            },
             "held_tokens": self.holdings.tokens,
             "foreign_tokens": self.foreign_tokens,
             "info": self.info.to_json() if self.info else None,
@@ -356,7 +367,15 @@ class WorkerPool:
 
     def _worker(self, url: str, role: Role, model: str | None, modules: tuple[str, ...] = ()) -> Worker:
         holdings = Holdings(block_tokens=self._block_tokens)
-        return Worker(url, role, model, modules=modules, holdings=holdings, on_change=lambda: self.on_change())
+        return Worker(
+            url,
+            role,
+            model,
+            modules=modules,
+            holdings=holdings,
+            breaker=Breaker(self._config.breaker),
+            on_change=lambda: self.on_change(),
+        )
 
     def __iter__(self) -> Iterator[Worker]:
         yield from self.prefill
@@ -380,10 +399,11 @@ class WorkerPool:
         module: str,
         chains: Sequence[Sequence[int]],
         *,
-        without: Worker | None = None,
+        among: Collection[Worker] | None = None,
         session_counts: Mapping[str, int] = MappingProxyType({}),
     ) -> list[PrefillSnapshot]:
-        """The ready prefill workers, with what the index expects each to hold of all of a request's prompts."""
+        """The ready prefill workers (`among` these), with what the index expects each to hold of all of a request's
+        prompts."""
         return [
             PrefillSnapshot(
                 worker.url,
@@ -392,7 +412,7 @@ class WorkerPool:
                 session_counts.get(worker.url, 0),
             )
             for worker in self.prefill_workers(module)
-            if worker.is_ready and worker is not without
+            if worker.is_ready and (among is None or worker in among)
         ]
 
     def decode_snapshots(
@@ -400,7 +420,7 @@ class WorkerPool:
         module: str,
         chains: Sequence[Sequence[int]],
         *,
-        without: Worker | None = None,
+        among: Collection[Worker] | None = None,
         session_counts: Mapping[str, int] = MappingProxyType({}),
     ) -> list[DecodeSnapshot]:
         """Likewise the ready workers of a decode module."""
@@ -409,7 +429,7 @@ class WorkerPool:
                 worker.url, len(worker.legs), self._matched_tokens(worker, chains), session_counts.get(worker.url, 0)
             )
             for worker in self.decode[module]
-            if worker.is_ready_for(module) and worker is not without
+            if worker.is_ready_for(module) and (among is None or worker in among)
         ]
 
     def limits(self, module: str) -> Limits:
@@ -471,6 +491,8 @@ class WorkerPool:
         if worker.was_seen and (worker.lost is not None or info != worker.info):
             # It restarted, or its weights changed: whatever KV it held is gone.
             self._index.drop(worker.url)
+            if info != worker.info or worker.misses >= self._config.poll_misses_until_down:
+                worker.breaker.reset()
         worker.info, worker.problem, worker.lost = info, problem, None
         foreign = foreign_tokens(info.room if info is not None else None, held_tokens=worker.holdings.tokens)
         # Twice in a row: of a request that has just ended, a worker's word may still count what it held.

@@ -70,9 +70,9 @@ class Seen:
 @dataclass
 class FakeWorker:
     """`behave` scripts the generation endpoints: ok, bad, broken, hang, hang_after_first, die, die_mid_stream,
-    die_mid_body, broken_then_silent (to polls), transfer_failed, or "slow:<seconds>"; `script` goes first, one word a
-    call. What it saw is in `seen`, `aborted` and `dropped`; `active` calls are being answered. `metrics` is the page it
-    shows; `None` is 404."""
+    die_mid_body, broken_then_silent (to polls), transfer_failed, "full:<status>", or "slow:<seconds>"; `script` goes
+    first, one word a call. What it saw is in `seen`, `aborted` and `dropped`; `active` calls are being answered.
+    `metrics` is the page it shows; `None` is 404."""
 
     info: WorkerInfo
     behave: str = "ok"
@@ -199,6 +199,8 @@ class FakeWorker:
                 )
             case "broken":
                 return web.Response(status=500, text="ouch")
+            case "full":
+                return web.Response(status=int(argument), text="full")
             case "broken_then_silent":
                 self.info_behave = "503"
                 return web.Response(status=500, text="ouch")

@@ -1,6 +1,7 @@
 """The two legs of a request: pairing, bytes, and both-or-neither in every order of failure."""
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import json
@@ -9,6 +10,9 @@ import random
 import pytest
 
 from sglang_prefillshare.protocol import MODULE_HEADER
+from sglang_prefillshare.routing.attempt import AttemptEnd
+from sglang_prefillshare.routing.endings import LegEnd
+from sglang_prefillshare.routing.failures import LegFailure
 from sglang_prefillshare.routing.request import ClientRequest
 from test.unit.routing.routing_harness import STREAM, TRANSFER_FAILED, WHOLE, run, running_system, until
 
@@ -340,6 +344,60 @@ def test_a_refused_connection_without_another_worker_is_503(role):
             again = await system.chat()
             assert again.status == 503 and "refused a connection" in again.error
             assert len(alive.seen) == sent
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("retries", "status"), [(0, 503), (1, 503), (2, 200)])
+def test_every_worker_that_refuses_is_marked_and_retries_are_a_setting(retries, status):
+    async def scenario():
+        async with running_system(prefill=3, poll_interval_s=30.0, retries=retries) as system:
+            system.decode["planner"][0].behave = "slow:0.1"
+            dead = [system.prefill[0], system.prefill[2]]  # equals take turns: these are asked before the other
+            for worker in dead:
+                await worker.stop()
+            assert (await system.chat()).status == status
+            assert (await system.last_call())["attempts"] == retries + 1
+            lost = [system.router.pool[worker.url].lost for worker in dead]
+            assert lost == ["refused a connection", "refused a connection" if retries else None]
+            system.assert_idle()
+
+    run(scenario())
+
+
+def test_a_leg_that_fails_as_the_deadline_passes_is_not_tried_again():
+    """The failure of a leg can take the cancellation with it that the deadline has sent."""
+
+    async def scenario():
+        async with running_system(prefill=2, request_timeout_s=0.2) as system:
+
+            async def fails_late(attempt, receive):
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(10)
+                attempt.placed.release()
+                failure = LegFailure(attempt.prefill_worker, LegEnd.BROKEN, 502, "broke")
+                return AttemptEnd(LegEnd.BROKEN, LegEnd.LEFT, failure)
+
+            system.router.dispatcher._legs.run = fails_late
+            assert (await system.chat()).status == 504
+            call = await system.last_call()
+            assert (call["outcome"], call["attempts"]) == ("timeout", 1)
+            system.assert_idle()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_deadline_after_the_whole_answer_is_no_timeout(stream):
+    async def scenario():
+        async with running_system(request_timeout_s=0.4, drain_timeout_s=5.0) as system:
+            system.prefill[0].behave = "hang"
+            answer = await system.chat(stream=stream)
+            assert (answer.status, answer.body) == (200, b"".join(STREAM) if stream else WHOLE)
+            await until(lambda: bool(system.router.calls.find()))
+            call = await system.last_call()
+            assert (call["outcome"], call["status"], call["error"]) == ("ok", 200, None)
+            system.assert_idle()
 
     run(scenario())
 

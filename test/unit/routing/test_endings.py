@@ -51,6 +51,8 @@ def test_every_way_to_end_is_in_a_row_here():
 @pytest.mark.parametrize("cut", Cut)
 def test_a_cut_decides_whatever_the_legs_did(cut, said):
     outcome, steps = CUTS[cut]
+    if cut is Cut.DEADLINE and said is Said.ALL:
+        outcome = Outcome.OK  # the client has its answer, whatever prefill's leg still does
     wanted = Conclusion(steps[list(Said).index(said)], outcome)
     assert conclude(cut=cut, said=said) == wanted
     for prefill, decode, first, may_retry in product(LegEnd, LegEnd, [None, *Role], [False, True]):

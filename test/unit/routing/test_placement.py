@@ -41,10 +41,10 @@ def request_():
 
 def test_only_the_worker_that_failed_is_replaced(placer, request_):
     first = placer.place(request_, [])
-    again = placer.place(request_, [], before=first, instead_of=first.prefill.worker)
+    again = placer.place(request_, [], before=first, instead_of=[first.prefill.worker])
     assert again.prefill.worker is not first.prefill.worker
     assert again.decode is first.decode
-    again = placer.place(request_, [], before=first, instead_of=first.decode.worker)
+    again = placer.place(request_, [], before=first, instead_of=[first.decode.worker])
     assert again.prefill is first.prefill
     assert again.decode.worker is not first.decode.worker
 
@@ -52,7 +52,7 @@ def test_only_the_worker_that_failed_is_replaced(placer, request_):
 def test_a_worker_that_is_not_ready_any_more_is_replaced_too(placer, request_):
     first = placer.place(request_, [])
     first.decode.worker.verdict = DOWN
-    again = placer.place(request_, [], before=first, instead_of=first.prefill.worker)
+    again = placer.place(request_, [], before=first, instead_of=[first.prefill.worker])
     assert again.prefill.worker is not first.prefill.worker
     assert again.decode.worker is not first.decode.worker
 
@@ -64,7 +64,7 @@ def test_where_nobody_is_left_it_says_so(pool, placer, request_):
     other.verdict = DOWN
     assert not placer.can_replace_prefill(first.prefill.worker)
     with pytest.raises(UnplacedError, match=r"No other prefill worker is ready\."):
-        placer.place(request_, [], before=first, instead_of=first.prefill.worker)
+        placer.place(request_, [], before=first, instead_of=[first.prefill.worker])
     first.prefill.worker.verdict = DOWN
     with pytest.raises(UnplacedError, match="No prefill worker is ready: http://p:"):
         placer.place(request_, [])
