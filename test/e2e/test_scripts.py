@@ -32,6 +32,7 @@ RUN_BY = {
     "benchmark/handoff/run.py": "test_scripts_of_one_process",
     "benchmark/handoff/session.py": "test_scripts_with_servers",
     "benchmark/serving/idle.py": "test_scripts_with_servers",
+    "benchmark/serving/overload.py": "test_scripts_with_servers",
     "benchmark/serving/router.py": "test_scripts_with_servers",
     "benchmark/serving/streams.py": "test_scripts_of_one_process",
     "benchmark/training/figure2.py": "test_scripts_of_one_process",
@@ -148,6 +149,12 @@ def router(module: Any, out: Path, models: Models, patch: pytest.MonkeyPatch) ->
     return out / "bench" / "router" / "summary.json"
 
 
+def overload(module: Any, out: Path, models: Models, patch: pytest.MonkeyPatch) -> Path:
+    sizes = ("--pool-tokens", 64, "--prompt-tokens", 20, "--new-tokens", 4)
+    assert "overload, none" in run(module, "--minutes", 0.05, *sizes, "--out", out)
+    return out / "bench" / "overload" / "summary.json"
+
+
 def session(module: Any, out: Path, models: Models, patch: pytest.MonkeyPatch) -> Path:
     agents = ("planner", "coder", "twin")
     patch.setattr(module, "AGENTS", agents)
@@ -160,6 +167,7 @@ def session(module: Any, out: Path, models: Models, patch: pytest.MonkeyPatch) -
 
 SERVED: Mapping[str, Small] = {
     "benchmark.serving.idle": idle,
+    "benchmark.serving.overload": overload,
     "benchmark.serving.router": router,
     "benchmark.handoff.session": session,
 }

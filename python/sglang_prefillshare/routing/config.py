@@ -56,6 +56,8 @@ class AdmissionConfig:
     is_on: bool = True
     queue_size: int = 1024
     queue_timeout_s: float = 60.0
+    queue_bytes: int = 256 * 1024 * 1024
+    """Of the bodies of those that wait, which are kept as they came and parsed."""
     expected_output_tokens: int = 1024
     counted_output_tokens: int = 4096
     prefill_backlog_tokens: int = 16_384
@@ -69,7 +71,7 @@ class AdmissionConfig:
             raise ConfigError(f"queue_timeout_s is {self.queue_timeout_s}, wanted a positive number of seconds.")
         if not 0 <= self.patience_s < float("inf"):
             raise ConfigError(f"patience_s is {self.patience_s}, wanted 0 or more seconds.")
-        for name in ("expected_output_tokens", "counted_output_tokens", "prefill_backlog_tokens"):
+        for name in ("queue_bytes", "expected_output_tokens", "counted_output_tokens", "prefill_backlog_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, wanted 1 or more.")
 

@@ -53,6 +53,7 @@ class Gate:
         self._metrics = metrics
         self._line: Line[_Waiter] = Line()
         self._pace = Pace()
+        self._body_bytes = 0  # of those that wait
         self._is_called = False
 
     def __len__(self) -> int:
@@ -76,14 +77,12 @@ class Gate:
             if isinstance(placed, Placed):
                 self._pace.note(time.monotonic())
                 return placed
-        if len(self._line) >= self._config.queue_size:
-            raise self._overloaded(
-                request, Refusal.FULL, f"{len(self._line)} requests wait already, and no more may (--queue-size)."
-            )
+        self._refuse_if_full(request)
         waiter = _Waiter(request, chains, asyncio.get_running_loop().create_future(), time.monotonic())
         is_new = self._placer.is_new_session(request)
         entry = Entry(waiter, request.module, request.session_key, request.priority, is_new)
         self._line.add(entry)
+        self._body_bytes += len(request.raw)
         self._metrics.queued.labels(request.module).inc()
         try:
             self._let_through()
@@ -97,6 +96,7 @@ class Gate:
                 waiter.placed.result().release()
             raise
         finally:
+            self._body_bytes -= len(request.raw)
             self._metrics.queued.labels(request.module).dec()
             self._line.remove(entry, is_served=False)
             self.call()  # whoever comes next may need less
@@ -159,6 +159,15 @@ class Gate:
             self._line.remove(entry, is_served=True)
             self._pace.note(now_s)
             waiter.placed.set_result(placed)
+
+    def _refuse_if_full(self, request: ClientRequest) -> None:
+        if len(self._line) >= self._config.queue_size:
+            message = f"{len(self._line)} requests wait already, and no more may (--queue-size)."
+        elif self._line and self._body_bytes + len(request.raw) > self._config.queue_bytes:
+            message = f"The requests that wait already have {self._body_bytes} bytes; with this one they are too many."
+        else:
+            return
+        raise self._overloaded(request, Refusal.FULL, message)
 
     def _overloaded(self, request: ClientRequest, reason: Refusal, message: str) -> OverloadedError:
         self._metrics.refusals.labels(request.module, reason).inc()

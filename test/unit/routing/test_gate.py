@@ -193,6 +193,24 @@ def test_a_full_queue_turns_away_at_once_and_says_when_to_come_again():
     run(scenario())
 
 
+def test_large_bodies_fill_the_queue_too():
+    async def scenario():
+        config = AdmissionConfig(queue_bytes=3000)
+        async with running_system(prepare=with_room(1), admission=config) as system:
+            planner = system.decode["planner"][0]
+            planner.script = ["slow:0.4"]
+            first = asyncio.create_task(system.post("/generate", body()))
+            await planner.arrived.wait()
+            small = asyncio.create_task(system.post("/generate", body()))
+            await waiting(system, 1)
+            answer = await system.post("/generate", body(rid="x" * 3000))
+            assert answer.status == 429 and "bytes" in answer.error
+            assert (await first).status == (await small).status == 200
+            system.assert_idle()
+
+    run(scenario())
+
+
 def test_who_waits_too_long_is_turned_away_and_the_others_go_on():
     async def scenario():
         config = AdmissionConfig(queue_timeout_s=0.2)

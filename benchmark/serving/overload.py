@@ -1,0 +1,233 @@
+"""What does a deployment give when four times the load comes that fits its decode pool, with admission and without?
+
+One prefill worker, one decode worker with a small pool, tiny models, and two routers before them, of which one sends
+everything at once (`--no-admission`). Each client asks one prompt after another, all different, and comes again when an
+answer of 429 or 503 says. First as many clients as fit (the knee), then four times as many through either router.
+Writes out/bench/overload/summary.json.
+
+    python benchmark/serving/overload.py --minutes 3
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import click
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from sglang_prefillshare.config import topology_from  # noqa: E402
+from sglang_prefillshare.deployment import Deployment, PortBlocks  # noqa: E402
+from sglang_prefillshare.display import Display  # noqa: E402
+from sglang_prefillshare.environment import describe_environment  # noqa: E402
+from test.support.models import make_base, make_decode_module  # noqa: E402
+
+MODULE = "coder"
+WORKER_ARGS = {"dtype": "float32", "page-size": 1}
+RESERVED_TOKENS = 8
+"""What decode keeps free for each request: less than an answer, so that without admission it has to retract."""
+REQUEST_TIMEOUT_S = 120.0
+ROUTER_READY_S = 30.0
+
+
+@dataclass(slots=True)
+class Variant:
+    """One way to run, and what came of it."""
+
+    name: str
+    clients: int
+    seconds: float
+    statuses: Counter[str] = field(default_factory=Counter)
+    e2e_s: list[float] = field(default_factory=list)
+    queue_s: list[float] = field(default_factory=list)
+    in_time: int = 0
+    """Answers that came before the end of the load; what was under way then runs with ever fewer beside it."""
+    tokens_in_time: int = 0
+    retractions: int = 0
+
+    def row(self) -> dict[str, Any]:
+        """Times are those of the answers with 200; p95 is `None` where there are too few."""
+        return {
+            "variant": self.name,
+            "clients": self.clients,
+            "seconds": round(self.seconds, 1),
+            "statuses": dict(self.statuses),
+            "answers_per_s": round(self.in_time / self.seconds, 2),
+            "tokens_per_s": round(self.tokens_in_time / self.seconds, 1),
+            "e2e_p50_ms": _percentile_ms(self.e2e_s, 50),
+            "e2e_p95_ms": _percentile_ms(self.e2e_s, 95),
+            "queue_p95_ms": _percentile_ms(self.queue_s, 95),
+            "retractions": self.retractions,
+        }
+
+
+@click.command(help=__doc__)
+@click.option("--minutes", default=3.0, show_default=True, help="Of load, for all three together.")
+@click.option("--load", default=4.0, show_default=True, help="Clients, as a multiple of those that fit.")
+@click.option("--prompt-tokens", default=200, show_default=True)
+@click.option("--new-tokens", default=96, show_default=True)
+@click.option("--pool-tokens", default=4096, show_default=True, help="Of the decode worker.")
+@click.option("--out", default=ROOT / "out", type=click.Path(path_type=Path), show_default=False)
+def main(minutes: float, load: float, prompt_tokens: int, new_tokens: int, pool_tokens: int, out: Path) -> None:
+    fitting = max(1, pool_tokens // (prompt_tokens + new_tokens + 1))
+    crowd = max(1, round(load * fitting))
+    base = make_base(out / "models" / "tiny-base")
+    module = make_decode_module(out / "models" / f"tiny-{MODULE}", base, seed=2)
+    described = {
+        "base": {"model": str(base), "args": {**WORKER_ARGS, "max-total-tokens": 65536}},
+        "decode": [
+            {
+                "name": MODULE,
+                "model": str(module),
+                "args": {
+                    **WORKER_ARGS,
+                    "max-total-tokens": pool_tokens,
+                    "num-reserved-decode-tokens": RESERVED_TOKENS,
+                    "max-running-requests": crowd,
+                },
+            }
+        ],
+        "router": {"args": {"queue-size": fitting}},
+    }
+    seconds = minutes * 60 / 3
+    with (
+        Deployment(topology_from(described, directory=ROOT), observer=Display()) as deployment,
+        second_router(deployment, "--no-admission") as without_url,
+    ):
+        variants = [
+            (Variant("knee", fitting, seconds), deployment.router_url),
+            (Variant("overload, admission", crowd, seconds), deployment.router_url),
+            (Variant("overload, none", crowd, seconds), without_url),
+        ]
+        asyncio.run(run_all(variants, prompt_tokens=prompt_tokens, new_tokens=new_tokens))
+    rows = [variant.row() for variant, _ in variants]
+    summary: dict[str, Any] = {
+        "question": "What does a deployment give under more load than fits, with admission and without?",
+        **describe_environment(("sglang", "sglang-prefillshare", "torch", "aiohttp", "uvicorn")),
+        "config": {
+            "minutes": minutes,
+            "load": load,
+            "prompt_tokens": prompt_tokens,
+            "new_tokens": new_tokens,
+            "pool_tokens": pool_tokens,
+            "fitting": fitting,
+        },
+        "rows": rows,
+    }
+    target = out / "bench" / "overload" / "summary.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(summary, indent=2) + "\n")
+    show(rows)
+    click.echo(f"written to {target}")
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    columns = ("answers_per_s", "tokens_per_s", "e2e_p50_ms", "e2e_p95_ms", "queue_p95_ms", "retractions")
+    click.echo(f"{'':22}{'clients':>8}" + "".join(f"{name:>15}" for name in columns) + "  statuses")
+    for row in rows:
+        values = "".join(f"{'-' if row[name] is None else row[name]:>15}" for name in columns)
+        click.echo(f"{row['variant']:22}{row['clients']:>8}{values}  {row['statuses']}")
+
+
+@contextlib.contextmanager
+def second_router(deployment: Deployment, *flags: str) -> Iterator[str]:
+    """Another router before the same workers; yields its URL once it is ready."""
+    ports = PortBlocks()
+    port = ports.take()
+    command = [sys.executable, "-m", "sglang_prefillshare.cli", "route", "--port", str(port), "--log-level", "warning"]
+    for worker in deployment.workers:
+        module = worker.plan.module
+        command += ["--prefill", worker.url] if module is None else ["--decode", f"{module}={worker.url}"]
+    process = subprocess.Popen([*command, *flags], env=os.environ)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        asyncio.run(until_ready(url))
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+        ports.release()
+
+
+async def until_ready(url: str) -> None:
+    async with asyncio.timeout(ROUTER_READY_S), aiohttp.ClientSession() as client:
+        while True:
+            with contextlib.suppress(aiohttp.ClientError):
+                async with client.get(f"{url}/health") as response:
+                    if response.status == 200:
+                        return
+            await asyncio.sleep(0.1)
+
+
+async def run_all(variants: list[tuple[Variant, str]], *, prompt_tokens: int, new_tokens: int) -> None:
+    rng = random.Random(7)
+    timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as client:
+        for variant, url in variants:
+            began = time.monotonic()
+            async with asyncio.TaskGroup() as group:
+                for _ in range(variant.clients):
+                    seed = rng.getrandbits(32)
+                    group.create_task(
+                        ask_until(client, url, variant, began + variant.seconds, seed, prompt_tokens, new_tokens)
+                    )
+
+
+async def ask_until(
+    client: aiohttp.ClientSession,
+    url: str,
+    variant: Variant,
+    end_s: float,
+    seed: int,
+    prompt_tokens: int,
+    new_tokens: int,
+) -> None:
+    """One client: the next request when the last one is answered, or when its answer says to come again."""
+    rng = random.Random(seed)
+    while time.monotonic() < end_s:
+        body = {
+            "model": MODULE,
+            "input_ids": [rng.randrange(10, 500) for _ in range(prompt_tokens)],
+            "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
+        }
+        began = time.monotonic()
+        try:
+            async with client.post(f"{url}/generate", json=body) as response:
+                answer = await response.json()
+                variant.statuses[str(response.status)] += 1
+                if response.status == 200:
+                    variant.e2e_s.append(time.monotonic() - began)
+                    variant.queue_s.append(int(response.headers["x-prefillshare-queue-ms"]) / 1000)
+                    if time.monotonic() <= end_s:
+                        variant.in_time += 1
+                        variant.tokens_in_time += len(answer["output_ids"])
+                    variant.retractions += int(answer["meta_info"].get("num_retractions") or 0)
+                    continue
+                pause_s = float(response.headers.get("retry-after", 1))
+        except (aiohttp.ClientError, TimeoutError) as error:
+            variant.statuses[type(error).__name__] += 1
+            pause_s = 1.0
+        await asyncio.sleep(min(pause_s * rng.uniform(0.5, 1.5), max(0.0, end_s - time.monotonic())))
+
+
+def _percentile_ms(values: list[float], percent: int) -> float | None:
+    return round(statistics.quantiles(values, n=100)[percent - 1] * 1000, 1) if len(values) > 1 else None
+
+
+if __name__ == "__main__":
+    main()
