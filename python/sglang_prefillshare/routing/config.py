@@ -61,6 +61,8 @@ class AdmissionConfig:
     expected_output_tokens: int = 1024
     counted_output_tokens: int = 4096
     prefill_backlog_tokens: int = 16_384
+    min_shared_tokens: int = 512
+    """A prefix of so many tokens that is being computed is waited for, if that is shorter than to compute it again."""
     patience_s: float = 2.0
     """How long a request waits for the prefill worker that has its prefix, before any other will do."""
 
@@ -71,7 +73,10 @@ class AdmissionConfig:
             raise ConfigError(f"queue_timeout_s is {self.queue_timeout_s}, wanted a positive number of seconds.")
         if not 0 <= self.patience_s < float("inf"):
             raise ConfigError(f"patience_s is {self.patience_s}, wanted 0 or more seconds.")
-        for name in ("queue_bytes", "expected_output_tokens", "counted_output_tokens", "prefill_backlog_tokens"):
+        for name in (
+            *("queue_bytes", "expected_output_tokens", "counted_output_tokens", "prefill_backlog_tokens"),
+            "min_shared_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, wanted 1 or more.")
 

@@ -1,5 +1,6 @@
 """Lets requests through to their workers, at once where these have room; otherwise they wait here, holding nothing.
 
+Before that, one waits for another that is having its prefix computed, where `sharing` says that this is shorter.
 `admission` says what has room, `waiting` who is next, `placement` where to. Those that wait are looked at again when a
 leg ends or a poll tells something; nothing here polls. A request waits for `queue_timeout_s` at most, and leaves when
 its client does.
@@ -19,6 +20,7 @@ from sglang_prefillshare.routing.placement import Chains, NoRoom, Placed, Placer
 from sglang_prefillshare.routing.request import ClientRequest
 from sglang_prefillshare.routing.telemetry import Metrics, Timings
 from sglang_prefillshare.routing.waiting import Entry, Line
+from sglang_prefillshare.routing.workers import Leg
 
 
 class Refusal(StrEnum):
@@ -53,12 +55,13 @@ class Gate:
         self._metrics = metrics
         self._line: Line[_Waiter] = Line()
         self._pace = Pace()
+        self._sharing_count = 0  # of those that wait for a prefix, and not for room
         self._body_bytes = 0  # of those that wait
         self._is_called = False
 
     def __len__(self) -> int:
         """How many wait."""
-        return len(self._line)
+        return len(self._line) + self._sharing_count
 
     def counts(self) -> dict[str, int]:
         """How many wait, by module; those that ever had any."""
@@ -72,6 +75,9 @@ class Gate:
         """
         if not self._config.is_on:
             return self._placer.place(request, chains)
+        under_way = self._placer.prefix_under_way(request, chains)
+        if under_way is not None and len(self) < self._config.queue_size:
+            await self._wait_for_prefix(*under_way, request, receive, timings=timings)
         if not self._line:
             placed = self._placer.place_where_room(request, chains)
             if isinstance(placed, Placed):
@@ -111,6 +117,27 @@ class Gate:
     def clear(self) -> None:
         """Look at all that wait, now: with a placer that is stopping, all are told so."""
         self._let_through()
+
+    async def _wait_for_prefix(
+        self, leg: Leg, longest_s: float, request: ClientRequest, receive: Receive, *, timings: Timings
+    ) -> None:
+        """Until `leg` has ended, however it did, and `longest_s` at most; then the request goes on as any other."""
+        leg.ended = leg.ended or asyncio.Event()
+        began_s = time.monotonic()
+        self._metrics.prefix_waits.labels(request.module).inc()
+        self._sharing_count += 1
+        ended = asyncio.ensure_future(leg.ended.wait())
+        gone = asyncio.ensure_future(wait_until_gone(receive))
+        try:
+            await asyncio.wait((ended, gone), timeout=longest_s, return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():
+                gone.result()
+                raise ClientGoneError
+        finally:
+            ended.cancel()
+            gone.cancel()
+            self._sharing_count -= 1
+            timings.queue_ms += (time.monotonic() - began_s) * 1000
 
     async def _wait(self, waiter: _Waiter, receive: Receive) -> None:
         """Until `waiter` is let through or told why not; its client is watched meanwhile."""
@@ -161,8 +188,8 @@ class Gate:
             waiter.placed.set_result(placed)
 
     def _refuse_if_full(self, request: ClientRequest) -> None:
-        if len(self._line) >= self._config.queue_size:
-            message = f"{len(self._line)} requests wait already, and no more may (--queue-size)."
+        if len(self) >= self._config.queue_size:
+            message = f"{len(self)} requests wait already, and no more may (--queue-size)."
         elif self._line and self._body_bytes + len(request.raw) > self._config.queue_bytes:
             message = f"The requests that wait already have {self._body_bytes} bytes; with this one they are too many."
         else:

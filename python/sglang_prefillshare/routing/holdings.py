@@ -41,6 +41,9 @@ class Holdings:
         missing = sum(len(chain) - self._held(chain) for chain in hold.chains)
         return missing * self._block_tokens + hold.own_tokens
 
+    def has_block(self, block: int) -> bool:
+        return block in self._blocks
+
     def take(self, hold: Hold) -> None:
         for chain in hold.chains:
             self._blocks.update(chain)

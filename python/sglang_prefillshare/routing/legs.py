@@ -112,7 +112,9 @@ class Legs:
                 if response.status != 200:
                     is_silent = response.status >= 500 and await self._goes_silent(attempt)
                     raise refused_by(worker, response, answer, is_silent=is_silent)
-                attempt.accounting = self.account(response, answer)
+                found = attempt.accounting = self.account(response, answer)
+                if found.prefill_tokens is not None and found.cached_tokens is not None:
+                    worker.rate.note(found.prefill_tokens - found.cached_tokens, time.monotonic() - leg.began_s)
                 attempt.prefill_end = LegEnd.WHOLE
                 _note_success(worker, leg)
         except (LegError, TimeoutError) as error:

@@ -28,6 +28,7 @@ from sglang_prefillshare.routing.policy import (
 from sglang_prefillshare.routing.prefix_index import BYTES_PER_TOKEN, PrefixIndex
 from sglang_prefillshare.routing.request import ClientRequest
 from sglang_prefillshare.routing.sessions import SessionMap
+from sglang_prefillshare.routing.sharing import common_blocks, wait_for_prefix_s
 from sglang_prefillshare.routing.telemetry import Metrics
 from sglang_prefillshare.routing.workers import Leg, Worker, WorkerPool
 
@@ -152,6 +153,40 @@ class Placer:
             self._noted(Role.DECODE, decode, request, chains),
             holds=holds,
         )
+
+    def prefix_under_way(self, request: ClientRequest, chains: Chains) -> tuple[Leg, float] | None:
+        """A leg on the request's prefill worker that has a long part of its prefix computed now, and for how many
+        seconds at most it pays to wait for its end. Changes nothing. Raises `UnplacedError` where no worker is ready.
+        """
+        config = self._config.admission
+        first_block = -(-config.min_shared_tokens // self._block_tokens) - 1
+        if len(chains) != 1 or len(chains[0]) <= first_block:
+            return None
+        (chain,) = chains
+        if not any(worker.holdings.has_block(chain[first_block]) for worker in self._pool.prefill):
+            return None
+        self._raise_if_missing(request.module)
+        usable = self._usable(Role.PREFILL, request.module)
+        decision = self._pick_prefill(request, self._prefill_snapshots(request, chains, usable))
+        worker = self._pool[decision.worker]
+        best: tuple[Leg, float] | None = None
+        now_s = time.monotonic()
+        for leg in worker.legs:
+            if len(leg.hold.chains) != 1:
+                continue
+            (other,) = leg.hold.chains
+            cached = len(other) * self._block_tokens - leg.tokens  # of the leg's prompt, before it began
+            pending = common_blocks(chain, other) * self._block_tokens - max(0, cached)
+            wait_s = wait_for_prefix_s(
+                pending_tokens=pending,
+                leg_tokens=leg.tokens,
+                elapsed_s=now_s - leg.began_s,
+                tokens_per_s=worker.rate.tokens_per_s,
+                min_tokens=config.min_shared_tokens,
+            )
+            if wait_s is not None and (best is None or wait_s > best[1]):
+                best = leg, wait_s
+        return best
 
     def can_replace_prefill(self, worker: Worker) -> bool:
         """Whether a request could be prefilled by another worker than this one."""

@@ -148,6 +148,9 @@ class Metrics:
             "retries", "Calls tried again: a worker of that role refused the connection, or was lost.", "role"
         )
         self.queued = gauge("queued_requests", "Calls that wait for room.", "model")
+        self.prefix_waits = counter(
+            "prefix_waits", "Calls that waited for a prefix that another one was having computed.", "model"
+        )
         self.refusals = counter("refusals", "Calls turned away, as no worker had room for them.", "model", "reason")
         self.worker_ready = gauge("worker_ready", "1 if the worker takes requests.", "role", "model", "worker")
         self.worker_breaker_open = gauge(

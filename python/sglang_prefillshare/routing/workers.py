@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
@@ -29,6 +30,7 @@ from sglang_prefillshare.routing.config import BreakerConfig, RouterConfig
 from sglang_prefillshare.routing.holdings import NOTHING, Hold, Holdings
 from sglang_prefillshare.routing.policy import DecodeSnapshot, PrefillSnapshot
 from sglang_prefillshare.routing.prefix_index import BYTES_PER_TOKEN, PrefixIndex
+from sglang_prefillshare.routing.sharing import ComputeRate
 from sglang_prefillshare.routing.worker_metrics import WORKER_METRICS_PATH
 
 logger = logging.getLogger(__name__)
@@ -186,12 +188,14 @@ class Leg:
     """One half of a request on its worker. `legs` counts it from the moment its worker is chosen, so that requests
     that arrive together see each other; `fail` ends it from outside."""
 
-    __slots__ = ("hold", "is_complete", "lost_reason", "permit", "task", "tokens")
+    __slots__ = ("began_s", "ended", "hold", "is_complete", "lost_reason", "permit", "task", "tokens")
 
     def __init__(self, *, tokens: int, hold: Hold = NOTHING) -> None:
         self.tokens = tokens
         self.hold = hold
         self.permit: Permit | None = None  # set when it is counted
+        self.began_s = 0.0  # likewise, by `time.monotonic`
+        self.ended: asyncio.Event | None = None  # made by whoever waits for its end
         self.task: asyncio.Task[Any] | None = None  # set when the leg starts
         self.is_complete = False  # the worker has nothing left to abort
         self.lost_reason: str | None = None
@@ -237,6 +241,7 @@ class Worker:
     """The same by the last poll alone."""
     full_until_s: float = 0.0
     """By `time.monotonic`: until then it takes nothing more, as it said itself (429, 503)."""
+    rate: ComputeRate = field(default_factory=ComputeRate)
     breaker: Breaker = field(default_factory=lambda: Breaker(BreakerConfig()))
     on_change: Callable[[], None] = _ignore
     """Called when it may have more room than before."""
@@ -281,6 +286,7 @@ class Worker:
         self.inflight_tokens += leg.tokens
         self.holdings.take(leg.hold)
         leg.permit = self.breaker.permit()
+        leg.began_s = time.monotonic()
 
     def end(self, leg: Leg) -> None:
         """Uncount a leg; doing it again changes nothing."""
@@ -290,6 +296,8 @@ class Worker:
             self.holdings.give_back(leg.hold)
             assert leg.permit is not None
             self.breaker.give_back(leg.permit)
+            if leg.ended is not None:
+                leg.ended.set()
             self.on_change()
 
     def stock(self, now_s: float) -> Stock:
@@ -331,6 +339,7 @@ class Worker:
                 "consecutive_failures": self.breaker.consecutive_failures,
                 "openings": self.breaker.opened_count,
             },
+            "computed_tokens_per_s": self.rate.tokens_per_s,
             "held_tokens": self.holdings.tokens,
             "foreign_tokens": self.foreign_tokens,
             "info": self.info.to_json() if self.info else None,

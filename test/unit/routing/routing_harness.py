@@ -85,6 +85,7 @@ class FakeWorker:
     aborted: list[str] = field(default_factory=list)
     finish_reason: Any = field(default_factory=lambda: {"type": "length", "length": 1})
     dropped: int = 0
+    counts: tuple[int, int, int] = (40, 32, 16)
     active: int = 0
     most_active: int = 0
     flushed: list[str] = field(default_factory=list)
@@ -226,7 +227,8 @@ class FakeWorker:
                 transport.abort()
                 return response
         if self.info.role is Role.PREFILL:
-            headers = {PROMPT_TOKENS_HEADER: "40", CACHED_TOKENS_HEADER: "32", CROSS_MODEL_HEADER: "16"}
+            names = (PROMPT_TOKENS_HEADER, CACHED_TOKENS_HEADER, CROSS_MODEL_HEADER)
+            headers = {name: str(count) for name, count in zip(names, self.counts, strict=True)}
             return web.Response(body=b'{"ignored": true}', headers=headers)
         if not body.get("stream"):
             return web.Response(body=WHOLE, headers={"content-type": "application/json", "x-worker": "yes"})
