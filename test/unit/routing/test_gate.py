@@ -339,6 +339,56 @@ def test_a_request_waits_for_the_worker_that_has_its_prefix_and_not_for_long():
     run(scenario())
 
 
+def test_what_one_waits_for_is_not_taken_by_smaller_ones_of_another_module():
+    async def scenario():
+        def prepare(prefill, decode):
+            for worker in prefill:
+                worker.info = dataclasses.replace(worker.info, room=Room(pool_tokens=1000, used_tokens=0))
+
+        async with running_system(prepare=prepare) as system:
+            base = system.prefill[0]
+            base.script, system.decode["planner"][0].script = ["slow:0.4"], ["slow:0.4"]
+            first = asyncio.create_task(system.post("/generate", {"model": "planner", "input_ids": [1] * 300}))
+            await base.arrived.wait()
+            large = asyncio.create_task(system.post("/generate", {"model": "planner", "input_ids": [2] * 800}))
+            await waiting(system, 1)
+            small = asyncio.create_task(system.post("/generate", {"model": "coder", "input_ids": [3] * 100}))
+            await waiting(system, 2)
+            answers = await asyncio.gather(first, large, small)
+            assert [answer.status for answer in answers] == [200] * 3
+            assert len(base.seen[1].body["input_ids"]) == 800
+
+    run(scenario())
+
+
+def test_one_that_is_cancelled_as_it_is_let_through_leaves_nothing():
+    async def scenario():
+        async with running_system(prepare=with_room(1)) as system:
+            gate = system.router.dispatcher.gate
+            raw = json.dumps(body()).encode()
+            request = parse_request(Endpoint.GENERATE, raw, headers={}, modules=["planner"])
+
+            async def never():
+                await asyncio.Event().wait()
+
+            first = await gate.enter(request, [], never, timings=Timings())
+            timings = Timings()
+            task = asyncio.create_task(gate.enter(request, [], never, timings=timings))
+            await waiting(system, 1)
+            await asyncio.sleep(0.02)
+            first.release()
+            gate.clear()  # its turn has come, and it has not run since
+            assert not gate
+            assert system.router.pool[system.decode["planner"][0].url].legs
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert timings.queue_ms >= 20
+            system.assert_idle()
+
+    run(scenario())
+
+
 @pytest.mark.parametrize(
     ("endpoint", "fields", "limits", "priority"),
     [
