@@ -1,6 +1,6 @@
 # `make` lists what there is to do.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-disaggregated test test-slow test-gpu soak fuzz kill-matrix figure2 table1 lint fmt bench-training bench-handoff bench-router bench-streams bench-idle bench-serving bench-gpu bench-smoke clean
+.PHONY: help setup demo demo-disaggregated test test-slow test-gpu soak fuzz kill-matrix figure2 table1 lint fmt bench-training bench-handoff bench-router bench-streams bench-idle bench-overload bench-serving bench-gpu bench-smoke clean
 
 PYTHON := .venv/bin/python
 # Several processes of several OpenMP threads each stall one another on a small machine.
@@ -67,6 +67,9 @@ bench-streams: setup ## Measure how many streams a second one router process pas
 
 bench-idle: setup ## Measure what an idle deployment costs, and what waking it up costs
 	@$(PYTHON) benchmark/serving/idle.py
+
+bench-overload: setup ## Measure four times the load that a decode pool holds, with admission and without (4 minutes)
+	@$(PYTHON) benchmark/serving/overload.py
 
 bench-serving: setup ## Shared prefill beside stock SGLang, four agents, two workloads (45 minutes at most, or it says how long)
 	@$(PYTHON) -m sglang_prefillshare.cli bench serving benchmark/serving/serving.yaml $(ARGS)
