@@ -12,6 +12,7 @@ import asyncio
 import time
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from sglang_prefillshare.routing.admission import Pace, retry_after_s
 from sglang_prefillshare.routing.client import ClientGoneError, Receive, wait_until_gone
@@ -21,6 +22,8 @@ from sglang_prefillshare.routing.request import ClientRequest
 from sglang_prefillshare.routing.telemetry import Metrics, Timings
 from sglang_prefillshare.routing.waiting import Entry, Line
 from sglang_prefillshare.routing.workers import Leg
+
+_MOST_PASSED: Final = 16
 
 
 class Refusal(StrEnum):
@@ -162,13 +165,14 @@ class Gate:
         """Everyone whose turn it is and whose workers have room.
 
         Who is next in a module and finds none keeps the rest of it waiting, and what they need is kept for them: so
-        what is large goes through, too.
+        what is large goes through, too. Who waits for a worker by choice lets some others pass who go elsewhere.
         """
         self._is_called = False
         blocked: set[str] = set()
         closed: set[str] = set()
+        passed: list[Entry[_Waiter]] = []
         now_s = time.monotonic()
-        while (entry := self._line.head(without=blocked)) is not None:
+        while (entry := self._line.head(without=blocked, passed=passed)) is not None:
             waiter = entry.item
             is_patient = now_s - waiter.since_s < self._config.patience_s
             try:
@@ -180,8 +184,11 @@ class Gate:
                 waiter.placed.set_exception(error)
                 continue
             if isinstance(placed, NoRoom):
-                blocked.add(entry.module)
                 closed |= placed.workers
+                if placed.is_by_choice and len(passed) < _MOST_PASSED:
+                    passed.append(entry)
+                else:
+                    blocked.add(entry.module)
                 continue
             self._line.remove(entry, is_served=True)
             self._pace.note(now_s)

@@ -68,9 +68,11 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class NoRoom:
-    """The workers, by URL, that a request has to wait for."""
+    """The workers, by URL, that a request has to wait for; `is_by_choice` where others have room that it had rather not
+    go to."""
 
     workers: frozenset[str]
+    is_by_choice: bool = False
 
 
 class Placer:
@@ -145,7 +147,7 @@ class Placer:
             if not others:
                 return NoRoom(frozenset(snapshot.url for snapshot in of_prefill))
             if is_patient and prefill.reason in _CLAIMS:
-                return NoRoom(frozenset([prefill.worker]))
+                return NoRoom(frozenset([prefill.worker]), is_by_choice=True)
             prefill = self._pick_prefill(request, others)
         return _begun(
             request,

@@ -59,10 +59,13 @@ class Lane(Generic[T]):
         self._by_arrival[arrival] = entry
         heapq.heappush(self._heap, (entry.key, entry))
 
-    def head(self) -> Entry[T] | None:
-        """Who is next; does not change until somebody is served, leaves, or comes."""
+    def head(self, *, passed: Collection[Entry[T]] = ()) -> Entry[T] | None:
+        """Who is next, but for those `passed`; does not change until somebody is served, leaves, or comes."""
         if not self._by_arrival:
             return None
+        if passed:
+            others = [entry for entry in self._by_arrival.values() if entry not in passed]
+            return min(others, key=lambda entry: entry.key, default=None)
         if self.served_count % OLDEST_TURN == OLDEST_TURN - 1:
             return next(iter(self._by_arrival.values()))
         while self._heap[0][1].key[3] not in self._by_arrival:
@@ -109,10 +112,13 @@ class Line(Generic[T]):
         self._count += 1
         self._lanes.setdefault(entry.module, Lane()).add(entry, arrival=self._arrivals)
 
-    def head(self, *, without: Collection[str] = ()) -> Entry[T] | None:
-        """Who is next, of all modules but those in `without`; None where nobody is."""
+    def head(self, *, without: Collection[str] = (), passed: Collection[Entry[T]] = ()) -> Entry[T] | None:
+        """Who is next, but for modules in `without` and those `passed`; None where nobody is."""
         for module, lane in self._lanes.items():
-            if module not in without and (entry := lane.head()) is not None:
+            if module in without:
+                continue
+            entry = lane.head(passed=[one for one in passed if one.module == module])
+            if entry is not None:
                 return entry
         return None
 

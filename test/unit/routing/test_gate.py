@@ -361,6 +361,32 @@ def test_what_one_waits_for_is_not_taken_by_smaller_ones_of_another_module():
     run(scenario())
 
 
+def test_who_waits_for_its_prefix_lets_others_go_elsewhere():
+    async def scenario():
+        def prepare(prefill, decode):
+            for worker in prefill:
+                worker.info = dataclasses.replace(worker.info, room=Room(pool_tokens=1400, used_tokens=0))
+
+        config = AdmissionConfig(patience_s=60.0)
+        async with running_system(prefill=2, prepare=prepare, admission=config) as system:
+            one = {"model": "planner", "input_ids": [3] * 1024, "user": "s"}
+            assert (await system.post("/generate", one)).status == 200
+            home = next(worker for worker in system.prefill if worker.seen)
+            other = next(worker for worker in system.prefill if worker is not home)
+            home.script, system.decode["planner"][0].script = ["slow:0.5"], ["slow:0.5"]
+            busy = asyncio.create_task(system.post("/generate", one | {"input_ids": [4] * 1024}))
+            await until(lambda: home.active == 1)
+            waits = asyncio.create_task(system.post("/generate", one | {"input_ids": [3] * 1040}))
+            await waiting(system, 1)
+            passes = await system.post("/generate", {"model": "planner", "input_ids": [5] * 1024})
+            assert passes.status == 200 and len(other.seen) == 1
+            assert len(system.router.dispatcher.gate) == 1
+            assert (await busy).status == (await waits).status == 200
+            assert len(home.seen) == 3
+
+    run(scenario())
+
+
 def test_one_that_is_cancelled_as_it_is_let_through_leaves_nothing():
     async def scenario():
         async with running_system(prepare=with_room(1)) as system:

@@ -55,6 +55,15 @@ def test_a_module_that_is_blocked_does_not_hold_others_up():
     assert line.head(without={"a", "b"}) is None
 
 
+def test_who_is_passed_lets_the_next_of_its_module_go_and_keeps_its_place():
+    first, second, third = entry("first"), entry("second"), entry("third")
+    line = line_of(first, second, third)
+    assert line.head(passed=[first]) is second
+    assert line.head(passed=[first, second, third]) is None
+    line.remove(second, is_served=True)
+    assert served(line) == ["first", "third"]
+
+
 def test_who_leaves_is_gone_and_leaving_twice_changes_nothing():
     first, second = entry("first", session="s"), entry("second", session="s")
     line = line_of(first, second)
