@@ -142,6 +142,7 @@ def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path 
 @click.option("--queue-size", type=int, help="Requests that may wait for room; more are answered with 429.")
 @click.option("--queue-timeout", "queue_timeout_s", type=float, help="Seconds a request may wait for room.")
 @click.option("--expected-output-tokens", type=int, help="Room for the answer of a request that sets no limit to it.")
+@click.option("--output-share", type=float, help="Room for an answer, as a share of its limit; at 1 none is retracted.")
 @click.option("--prefill-backlog-tokens", type=int, help="Prompt tokens that a prefill worker has ahead to compute.")
 @click.option("--retries", type=int, help="More pairs of workers that a call may get before its answer began.")
 @click.option("--breaker-failures", type=int, help="Failures in a row after which a worker is left out; 0: never.")
@@ -172,7 +173,13 @@ def route(
         "load_margin_tokens", "load_margin_requests", "load_margin_ratio", "session_margin", "min_prefix_tokens",
     )  # fmt: skip
     policy = PolicyConfig(**{key: given.pop(key) for key in policy_keys if key in given})
-    admission_keys = ("queue_size", "queue_timeout_s", "expected_output_tokens", "prefill_backlog_tokens")
+    admission_keys = (
+        "queue_size",
+        "queue_timeout_s",
+        "expected_output_tokens",
+        "output_share",
+        "prefill_backlog_tokens",
+    )
     admission = AdmissionConfig(
         is_on=not no_admission, **{key: given.pop(key) for key in admission_keys if key in given}
     )

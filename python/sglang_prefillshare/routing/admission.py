@@ -65,10 +65,12 @@ def foreign_tokens(room: Room | None, *, held_tokens: int) -> int:
 
 
 def output_tokens(limits: Sequence[int | None], *, config: AdmissionConfig) -> list[int]:
-    """What each of a request's answers will have, at most or, where the request sets no limit, as `config` expects."""
-    return [
-        min(config.expected_output_tokens if limit is None else limit, config.counted_output_tokens) for limit in limits
-    ]
+    """What each of a request's answers is taken to have: its limit, or a share of it, as `config` says, and what that
+    expects where the request sets no limit."""
+    expected = (
+        config.expected_output_tokens if limit is None else math.ceil(limit * config.output_share) for limit in limits
+    )
+    return [min(tokens, config.counted_output_tokens) for tokens in expected]
 
 
 _MIN_RETRY_AFTER_S: Final = 1

@@ -60,6 +60,9 @@ class AdmissionConfig:
     """Of the bodies of those that wait, which are kept as they came and parsed."""
     expected_output_tokens: int = 1024
     counted_output_tokens: int = 4096
+    output_share: float = 1.0
+    """Of its limit, how much an answer is taken to have. With less than 1 more requests run at once, and decode
+    retracts some where too many of them go on to their limit."""
     prefill_backlog_tokens: int = 16_384
     min_shared_tokens: int = 512
     """A prefix of so many tokens that is being computed is waited for, if that is shorter than to compute it again."""
@@ -71,6 +74,8 @@ class AdmissionConfig:
             raise ConfigError(f"queue_size is {self.queue_size}, wanted 0 or more; 0 lets nobody wait.")
         if not 0 < self.queue_timeout_s < float("inf"):
             raise ConfigError(f"queue_timeout_s is {self.queue_timeout_s}, wanted a positive number of seconds.")
+        if not 0 < self.output_share <= 1:
+            raise ConfigError(f"output_share is {self.output_share}, wanted a number above 0, and 1 at most.")
         if not 0 <= self.patience_s < float("inf"):
             raise ConfigError(f"patience_s is {self.patience_s}, wanted 0 or more seconds.")
         for name in (

@@ -74,6 +74,8 @@ def test_what_others_hold_is_what_is_used_beyond_ours():
 def test_answers_count_with_their_limit_or_as_expected_and_as_sglang_clips_them():
     config = dataclasses.replace(CONFIG, expected_output_tokens=300, counted_output_tokens=4096)
     assert output_tokens([None, 0, 7, 100_000], config=config) == [300, 0, 7, 4096]
+    half = dataclasses.replace(config, output_share=0.5)
+    assert output_tokens([None, 0, 7, 100_000], config=half) == [300, 0, 4, 4096]
 
 
 def test_when_to_come_again_follows_the_pace_within_bounds():
@@ -106,6 +108,7 @@ def test_two_at_one_moment_say_nothing_of_a_pace():
     "wrong",
     [
         *({"queue_size": -1}, {"queue_timeout_s": 0.0}, {"queue_timeout_s": float("inf")}, {"patience_s": -1.0}),
+        *({"output_share": 0.0}, {"output_share": 1.1}),
         *({"expected_output_tokens": 0}, {"counted_output_tokens": 0}, {"prefill_backlog_tokens": 0}),
     ],
 )
