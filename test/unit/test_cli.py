@@ -21,6 +21,7 @@ import yaml
 from sglang_prefillshare import __version__, cli
 from sglang_prefillshare.identity.fingerprint import identify_base
 from sglang_prefillshare.identity.manifest import FILE_NAME, check_manifest, read_manifest
+from sglang_prefillshare.routing.config import AdmissionConfig, BreakerConfig, RouterConfig
 from test.unit.deploying import FAKE_COMMAND, marked, new_mark, nothing_left, topology_data, wait_until
 from test.unit.identity.tiny import edit_json, write_model
 
@@ -105,6 +106,20 @@ def test_a_wrong_setting_exits_2_with_one_line(tmp_path: Path, capsys: pytest.Ca
 def test_a_decode_worker_without_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["route", "--prefill", "http://a:1", "--decode", "http://b:2"]) == 2
     assert "wanted NAME=URL" in capsys.readouterr().err
+
+
+def test_what_the_routers_flags_say_reaches_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[RouterConfig] = []
+    monkeypatch.setattr("sglang_prefillshare.routing.server.serve", served.append)
+    workers = ("route", "--prefill", "http://a:1", "--decode", "planner=http://b:2")
+    room = ("--queue-size", "7", "--queue-timeout", "3", "--output-share", "0.5", "--no-admission")
+    faults = ("--retries", "2", "--breaker-failures", "4", "--breaker-backoff", "1.5")
+    assert cli.run([*workers]) == cli.run([*workers, *room, *faults]) == 0
+    plain, told = served
+    assert (plain.admission, plain.breaker, plain.retries) == (AdmissionConfig(), BreakerConfig(), 1)
+    assert told.admission == AdmissionConfig(is_on=False, queue_size=7, queue_timeout_s=3.0, output_share=0.5)
+    assert (told.breaker, told.retries) == (BreakerConfig(failures_to_open=4, backoff_s=1.5), 2)
+    assert cli.run([*workers, "--queue-size", "-1"]) == 2
 
 
 # ---- identity write ------------------------------------------------------------------------------------------------
