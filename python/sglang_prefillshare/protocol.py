@@ -19,6 +19,9 @@ Written into every manifest, so that a module trained on another split is refuse
 WORKER_INFO_PATH: Final = "/prefill_share"
 """GET on any SGLang worker that runs with a role: its `WorkerInfo` as JSON."""
 
+TREE_PATH: Final = "/prefill_share/tree"
+"""GET on the same, `?limit=` a number of nodes: its radix tree in numbers (`tree.py`), and no token of any prompt."""
+
 MODULE_HEADER: Final = "x-smg-routing-key"
 """On a prefill leg: the decode module that the prompt is prefilled for. SGLang carries this header into the
 scheduler as `routing_key`; its `/generate` endpoint reads the body field `routing_key` instead."""

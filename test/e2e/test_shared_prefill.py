@@ -6,10 +6,11 @@ import asyncio
 import itertools
 from typing import Any
 
+import aiohttp
 import pytest
 
-from sglang_prefillshare.deployment import Deployment
-from sglang_prefillshare.protocol import CACHED_TOKENS_HEADER, CROSS_MODEL_HEADER, PROMPT_TOKENS_HEADER
+from sglang_prefillshare.deployment import Deployment, Worker
+from sglang_prefillshare.protocol import CACHED_TOKENS_HEADER, CROSS_MODEL_HEADER, PROMPT_TOKENS_HEADER, TREE_PATH
 from test.support.models import sample_prompt
 from test.support.servers import greedy, pairing, post, session, until_idle
 
@@ -70,3 +71,45 @@ def test_cross_model_tokens_are_those_first_computed_for_another_module(deployme
         return found
 
     assert asyncio.run(run()) == wanted
+
+
+def test_the_tree_shows_who_computed_and_who_read_since(deployment: Deployment) -> None:
+    """Planner's 100 tokens, coder's 50 on top; and nothing of what they say."""
+    prompt = sample_prompt(151, seed=502)
+
+    async def tree(client: aiohttp.ClientSession, worker: Worker, query: str = "") -> dict[str, Any]:
+        async with client.get(f"{worker.url}{TREE_PATH}{query}") as response:
+            assert response.status == 200, await response.text()
+            return dict(await response.json())
+
+    async def run() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]:
+        async with session() as client:
+            for module, length in (("planner", 101), ("coder", 151)):
+                body = greedy(prompt[:length], 2, model=module)
+                assert (await post(client, f"{deployment.router_url}/generate", body)).status == 200
+            await until_idle(client, deployment.workers)
+            await asyncio.sleep(0.6)  # a worker describes its tree no more often
+            base, coder = await tree(client, deployment.worker("base")), await tree(client, deployment.worker("coder"))
+            few = await tree(client, deployment.worker("base"), "?limit=2")
+            async with client.get(f"{deployment.worker('base').url}{TREE_PATH}?limit=all") as response:
+                return base, coder, few, response.status
+
+    base, coder, few, refused = asyncio.run(run())
+    modules = base["modules"]
+    nodes = {node["id"]: node for node in base["nodes"]}
+    top, below = max(
+        ((nodes[n["parent"]], n) for n in nodes.values() if n["parent"] in nodes and n["tokens"] == 50),
+        key=lambda pair: pair[1]["id"],
+    )
+    assert (top["tokens"], modules[top["computed_for"]]) == (100, "planner")
+    assert modules[below["computed_for"]] == "coder" and below["read_by"] == []
+    assert [modules[index] for index in top["read_by"]] == ["coder"]
+    assert not any(node["leased"] or node["locked"] for node in base["nodes"])
+    for tree_of in (base, coder):
+        held = sum(node["tokens"] for node in tree_of["nodes"]) + tree_of["other"]["tokens"]
+        assert held + tree_of["unseen_tokens"] == tree_of["tree_tokens"] == tree_of["evictable_tokens"]
+        assert tree_of["pool_tokens"] == tree_of["free_tokens"] + tree_of["tree_tokens"]
+        assert tree_of["unseen_tokens"] < 20 and tree_of["failure"] is None, "health checks, which have no base's KV"
+    assert {(n["tokens"], coder["modules"][n["computed_for"]]) for n in coder["nodes"]} >= {(150, "coder")}
+    assert few["nodes"] and refused == 400
+    assert not {"token_ids", "text", "input_ids"} & {key for node in base["nodes"] for key in node}

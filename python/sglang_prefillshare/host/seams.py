@@ -69,6 +69,7 @@ _SCHEDULER: Final = "sglang.srt.managers.scheduler.Scheduler"
 _BATCH: Final = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _DECODE: Final = "sglang.srt.disaggregation.decode"
 _PREFILL: Final = "sglang.srt.disaggregation.prefill"
+_TREE: Final = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
 _RESULTS: Final = "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _NOT_A_FIELD: Final = "ServerArgs can be extended by a plugin"
 _NOTHING: Final = "nothing"
@@ -128,6 +129,24 @@ SCHEDULER: Final = (
         f"{_SCHEDULER}.publish_load_snapshot", "room:publish_load_snapshot", "after", ("self", "force"),
         why="the HTTP process can say how full the worker is, without asking",
         changes="an attribute of ours on the scheduler", retire_when="SGLang's load snapshot says what can be evicted",
+    ),
+    Seam(
+        f"{_TREE}.checkpoint", "roles.tree:checkpoint", "after", ("self", "req", "up_to", "kwargs"),
+        why="a picture of the tree that costs no walk: which nodes there are, and for whom", changes=_NOTHING,
+        retire_when="SGLang describes its tree",
+    ),
+    Seam(
+        f"{_TREE}._evict_device_leaf", "roles.tree:evict_device_leaf", "before", ("self", "node_id", "tracker"),
+        why="the same, without what is gone", changes=_NOTHING, retire_when="the same",
+    ),
+    Seam(
+        f"{_TREE}.reset", "roles.tree:reset", "after", ("self",),
+        why="the same, after a flush", changes=_NOTHING, retire_when="the same",
+    ),
+    Seam(
+        f"{_SCHEDULER}.handle_dumper_control", "roles.tree:handle_dumper_control", "around", ("self", "recv_req"),
+        why="the HTTP process asks for the picture", changes=_NOTHING,
+        retire_when="plugins can add messages between SGLang's processes",
     ),
 )  # fmt: skip
 """The scheduler of any role."""
@@ -347,7 +366,7 @@ UNIFIED_SCHEDULER: Final = (
         retire_when="SGLang knows adapters that begin within a request",
     ),
     Seam(
-        "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint", "roles.unified:checkpoint", "around",
+        f"{_TREE}.checkpoint", "roles.unified:checkpoint", "around",
         ("self", "req", "up_to", "kwargs"),
         why="the tree takes what the base computed", changes=_NOTHING,
         retire_when="SGLang knows adapters that begin within a request",

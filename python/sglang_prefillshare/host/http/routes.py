@@ -13,6 +13,7 @@ from typing import Any, Final
 import sglang_prefillshare
 from sglang_prefillshare.host.http.modules import ModuleMiddleware
 from sglang_prefillshare.host.http.requests import check_lists, limits_of
+from sglang_prefillshare.host.http.tree import SilentSchedulerError, TreeDescriptions, parse_limit
 from sglang_prefillshare.host.roles.prefill import REPORT_KEY
 from sglang_prefillshare.host.roles.role import SchedulerRole, role_of
 from sglang_prefillshare.host.room import find_room, offer_room
@@ -21,6 +22,7 @@ from sglang_prefillshare.protocol import (
     CACHED_TOKENS_HEADER,
     CROSS_MODEL_HEADER,
     PROMPT_TOKENS_HEADER,
+    TREE_PATH,
     WORKER_INFO_PATH,
     Role,
     WorkerInfo,
@@ -92,6 +94,7 @@ def setup_http_server(
         return description | changing | ({"modules": sorted(tokenizer_manager.lora_ref_cache)} if has_adapters else {})
 
     http_server.app.add_api_route(WORKER_INFO_PATH, worker_info, methods=["GET"])
+    http_server.app.add_api_route(TREE_PATH, _tree_endpoint(tokenizer_manager, description), methods=["GET"])
     http_server.app.add_middleware(
         LegMiddleware,
         handoff_failure=failure,
@@ -101,6 +104,24 @@ def setup_http_server(
     if has_adapters:
         http_server.app.add_middleware(ModuleMiddleware, manager=tokenizer_manager)
     return original(server_args, tokenizer_manager, *args, **kwargs)
+
+
+def _tree_endpoint(tokenizer_manager: Any, description: dict[str, Any]) -> Callable[[str | None], Awaitable[Any]]:
+    from fastapi.responses import JSONResponse
+
+    descriptions = TreeDescriptions(
+        tokenizer_manager, {name: description[name] for name in ("role", "model", "base_fingerprint", "page_size")}
+    )
+
+    async def tree(limit: str | None = None) -> Any:
+        try:
+            return JSONResponse(await descriptions.latest(parse_limit(limit)))
+        except ValueError as error:
+            return JSONResponse(_error(str(error), HTTPStatus.BAD_REQUEST), HTTPStatus.BAD_REQUEST)
+        except SilentSchedulerError as error:
+            return JSONResponse(_error(str(error), HTTPStatus.SERVICE_UNAVAILABLE), HTTPStatus.SERVICE_UNAVAILABLE)
+
+    return tree
 
 
 def _is_warming_up(tokenizer_manager: Any) -> bool:
@@ -186,12 +207,16 @@ class LegMiddleware:
 
 
 async def _refuse(send: Any, reason: str, *, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
-    """An error in SGLang's form."""
-    kind = "BadRequestError" if status == HTTPStatus.BAD_REQUEST else "ServiceUnavailableError"
-    body = json.dumps({"error": {"message": reason, "type": kind, "code": int(status)}}).encode()
+    body = json.dumps(_error(reason, status)).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": int(status), "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def _error(reason: str, status: HTTPStatus) -> dict[str, Any]:
+    """An error in SGLang's form."""
+    kind = "BadRequestError" if status == HTTPStatus.BAD_REQUEST else "ServiceUnavailableError"
+    return {"error": {"message": reason, "type": kind, "code": int(status)}}
 
 
 def generate_request(original: Callable[..., AsyncIterator[Any]], *args: Any, **kwargs: Any) -> AsyncIterator[Any]:

@@ -28,6 +28,7 @@ from sglang_prefillshare.host.roles.role import (
     needs_no_base_kv,
     role_of,
 )
+from sglang_prefillshare.host.roles.tree import HELD, attach_tree
 from sglang_prefillshare.host.transfer import metrics as handoff_metrics
 
 _TOLD: Final = "_prefill_share_told"
@@ -42,6 +43,7 @@ def awaits_first_token(req: Any) -> bool:
 
 def init_disaggregation(original: Callable[..., None], self: Any) -> None:
     attach_role(self)
+    attach_tree(self)
     handoff_metrics.prepare("decode")
     original(self)
     check_handoff(self)
@@ -104,7 +106,9 @@ def exceeds_kv_capacity(original: Callable[..., bool], self: Any, req: Any) -> b
 def match_prefix_and_lock(original: Callable[..., Any], self: Any, req: Any) -> Any:
     """Look for x1..x(n-1) only in the cache of base KV: xn is the module's own input, whatever another prompt held."""
     with _swapped([req], "origin_input_ids", lambda req: req.origin_input_ids[:-1]):
-        return original(self, req)
+        match = original(self, req)
+    setattr(req, HELD, match.l1_prefix_len)
+    return match
 
 
 def commit_transfer_to_req(original: Callable[..., None], self: Any, decode_req: Any) -> None:

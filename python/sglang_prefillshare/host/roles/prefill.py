@@ -17,6 +17,7 @@ from sglang_prefillshare.host.roles.role import (
     is_fake_transfer,
     role_of,
 )
+from sglang_prefillshare.host.roles.tree import attach_tree
 from sglang_prefillshare.host.transfer import metrics as handoff_metrics
 
 REPORT_KEY = "prefill_share"
@@ -28,6 +29,7 @@ def init_disaggregation(original: Callable[..., None], self: Any) -> None:
     attach_role(self)
     handoff_metrics.prepare("prefill")
     self.tree_cache._prefill_share_provenance = Provenance(self.token_to_kv_pool_allocator.get_kvcache())
+    attach_tree(self)
     original(self)
     self.disagg_metadata_buffers._prefill_share_scheduler = self
     check_handoff(self)

@@ -17,6 +17,7 @@ from typing import Any, Final
 from sglang_prefillshare.errors import SeamError
 from sglang_prefillshare.host.roles.adapters import try_adapters
 from sglang_prefillshare.host.roles.role import attach_role, check_pool, role_of
+from sglang_prefillshare.host.roles.tree import attach_tree
 
 BASE: Final = None
 """SGLang's id of no adapter."""
@@ -41,6 +42,7 @@ class AdapterId(str):
 def init_disaggregation(original: Callable[..., None], self: Any) -> None:
     """Give the scheduler its role; there is nobody to hand KV over to."""
     attach_role(self)
+    attach_tree(self)
     original(self)
     check_pool(self.token_to_kv_pool_allocator.get_kvcache(), state_types=())
     checkpoint = type(self.tree_cache).checkpoint

@@ -1,0 +1,119 @@
+"""The picture of the tree against SGLang's own tree, through our hooks: no node is missed, none is left over."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sglang", reason="waits for SGLang: run `make setup`")
+
+from sglang.srt.plugins import load_plugins
+
+load_plugins()
+
+import torch  # noqa: E402
+from sglang.srt.mem_cache.base_prefix_cache import InsertParams  # noqa: E402
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams  # noqa: E402
+from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
+from sglang.srt.mem_cache.unified_cache.component_type import ComponentType  # noqa: E402
+from sglang.srt.mem_cache.unified_cache.tree_core_registry import create_tree_core  # noqa: E402
+
+from sglang_prefillshare.host.roles import tree as hooks  # noqa: E402
+from sglang_prefillshare.protocol import Role  # noqa: E402
+from sglang_prefillshare.tree import readable  # noqa: E402
+
+
+class Cache:
+    """SGLang's tree, as far as a checkpoint and an eviction go; the hooks are told as they are in a scheduler."""
+
+    def __init__(self) -> None:
+        params = CacheInitParams(
+            disable=False,
+            req_to_token_pool=None,
+            token_to_kv_pool_allocator=None,
+            page_size=1,
+            tree_components=(ComponentType.FULL,),
+        )
+        self.tree_core = create_tree_core("rust", params, {})
+        self.slots = 1
+
+    def checkpoint(self, tokens: list[int], module: str, namespace: str = "ours") -> None:
+        """A request's, from its match to its end."""
+        key = RadixKey(array("q", tokens), extra_key=namespace)
+        found, _, _ = self.tree_core.match_full_device_prefix(key)
+        values = torch.arange(self.slots, self.slots + len(tokens))
+        self.slots += len(tokens)
+        step = self.tree_core.begin_insert(InsertParams(key=key, value=values, prev_prefix_len=found))
+        while step.result is None:
+            step = self.tree_core.resume_insert()
+        self.tree_core.end_insert()
+        req = SimpleNamespace(
+            extra_key=namespace,
+            last_node=step.result.last_device_node,
+            full_untruncated_fill_ids=array("q", tokens),
+            cached_tokens=found,
+            routing_key=module,
+        )
+        hooks.checkpoint(None, self, req, up_to=len(tokens))
+
+    @property
+    def tokens(self) -> int:
+        return int(self.tree_core.full_evictable_size() + self.tree_core.full_protected_size())
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch) -> Cache:
+    made = Cache()
+    role = SimpleNamespace(namespace="ours", settings=SimpleNamespace(role=Role.PREFILL, adapters=False))
+    monkeypatch.setattr(hooks, "role_of", lambda _scheduler: role)
+    setattr(made, hooks._ATTRIBUTE, hooks._Tree(SimpleNamespace(tree_cache=made, page_size=1)))
+    return made
+
+
+def picture(cache: Cache) -> Any:
+    kept = getattr(cache, hooks._ATTRIBUTE)
+    assert kept.failure is None, kept.failure
+    return kept.mirror
+
+
+def test_the_picture_has_every_token_of_sglangs_tree(cache: Cache) -> None:
+    chance = random.Random(7)
+    prompts: list[list[int]] = [[0]]
+    for _ in range(400):
+        begun = chance.choice(prompts)
+        prompt = [*begun[: chance.randint(0, len(begun))], *(chance.randrange(4) for _ in range(chance.randint(1, 9)))]
+        prompts.append(prompt)
+        cache.checkpoint(prompt, chance.choice(["planner", "coder", "twin"]))
+        assert picture(cache).tokens == cache.tokens
+    described = readable(picture(cache).describe(limit=5000, leased=(), locked=(), now_s=0.0))
+    for node in described["nodes"]:
+        (path,) = cache.tree_core.collect_path_info([node["id"]])
+        assert path[-1].path_end - path[-1].path_start == node["tokens"] == path[-1].full_value_len
+        assert node["parent"] == (path[-2].node_id if len(path) > 1 else None)
+        assert node["computed_for"] is not None
+    assert {index for node in described["nodes"] for index in node["read_by"]} == {0, 1, 2}
+
+
+def test_what_is_evicted_is_gone_and_what_is_not_the_bases_was_never_there(cache: Cache) -> None:
+    cache.checkpoint([1, 2, 3, 4], "planner")
+    cache.checkpoint([1, 2, 9], "coder")
+    cache.checkpoint([5, 6], "health", namespace="nobody's")
+    assert (picture(cache).tokens, cache.tokens) == (5, 7)
+    leaf = max(node for node in range(20) if node in picture(cache)._nodes)
+    hooks.evict_device_leaf(cache, leaf, {})
+    assert picture(cache).tokens < 5
+    hooks.reset(None, cache)
+    assert picture(cache).tokens == 0
+
+
+def test_a_bug_in_the_picture_ends_the_picture_and_not_the_worker(cache: Cache) -> None:
+    cache.checkpoint([1, 2, 3], "planner")
+    hooks.checkpoint(None, cache, SimpleNamespace(extra_key="ours", last_node=1), up_to=3)
+    kept = getattr(cache, hooks._ATTRIBUTE)
+    assert "not kept any more" in kept.failure
+    cache.checkpoint([1, 2, 3], "planner")
+    assert kept.mirror.tokens == 0
