@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, Final
 
 import aiohttp
@@ -24,6 +24,7 @@ from starlette.types import Receive, Scope, Send
 from sglang_prefillshare import __version__
 from sglang_prefillshare.routing import _json
 from sglang_prefillshare.routing.answers import error_body
+from sglang_prefillshare.routing.board import Board
 from sglang_prefillshare.routing.config import RouterConfig
 from sglang_prefillshare.routing.dispatch import Dispatcher
 from sglang_prefillshare.routing.legs import Legs
@@ -53,6 +54,14 @@ class Router:
         self.metrics = Metrics()
         self.calls = CallLog(size=config.call_log_size)
         self.started_at = int(time.time())
+        self.board = Board(
+            pool=self.pool,
+            calls=self.calls,
+            session=lambda: self.session,
+            models=lambda: list(self.config.decode),
+            queue=self._waiting,
+            started_at=self.started_at,
+        )
         self._dispatcher: Dispatcher | None = None
         self._session: aiohttp.ClientSession | None = None
         self._is_ending = False
@@ -210,6 +219,11 @@ class Router:
                 found[worker.url] = families
         return found
 
+    def _waiting(self) -> Mapping[str, int] | None:
+        """Requests that wait for room, by module; None where none can."""
+        gate = getattr(self._dispatcher, "gate", None)
+        return None if gate is None else gate.counts()
+
     # -- what only the workers know
 
     async def model_info(self, request: Request) -> Response:
@@ -346,6 +360,7 @@ def create_app(config: RouterConfig, *, router: Router | None = None) -> Starlet
             Route("/workers", router.workers),
             Route("/calls", router.recent_calls),
             Route("/metrics", router.expose_metrics),
+            *router.board.routes(),
             *routes("/m/{model:path}"),
         ],
         exception_handlers={HTTPException: _http_error},

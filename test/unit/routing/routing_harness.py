@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from sglang_prefillshare.protocol import (
     CACHED_TOKENS_HEADER,
     CROSS_MODEL_HEADER,
     PROMPT_TOKENS_HEADER,
+    TREE_PATH,
     WORKER_INFO_PATH,
     Role,
     WorkerInfo,
@@ -37,6 +38,28 @@ TRANSFER_FAILED = (
     b'Lost connection with prefill instance","code":500}}'
 )
 """As SGLang's decode worker words it."""
+
+
+def described_tree(nodes: Sequence[Mapping[str, Any]] = (), **changes: Any) -> dict[str, Any]:
+    """What a worker says of its radix tree; of each of `nodes` only what is said of it differs from a plain one."""
+    plain = {"parent": None, "computed_for": 0, "read_by": [], "leased": False, "locked": False, "idle_s": 1.0}
+    held = sum(node["tokens"] for node in nodes)
+    return {
+        "version": 1,
+        "modules": ["planner", "coder"],
+        "nodes": [{**plain, **node} for node in nodes],
+        "other": {"nodes": 0, "tokens": 0, "computed_for": []},
+        "pool_tokens": 65536,
+        "free_tokens": 65536 - held,
+        "tree_tokens": held,
+        "evictable_tokens": held,
+        "unseen_tokens": 0,
+        "page_size": 16,
+        "cost_ms": 0.5,
+        "failure": None,
+    } | changes
+
+
 WHOLE = b'{ "id":"x",  "choices":[{"message":{"content":"\xc3\xa9"}}] }'
 
 
@@ -72,7 +95,7 @@ class FakeWorker:
     """`behave` scripts the generation endpoints: ok, bad, broken, hang, hang_after_first, die, die_mid_stream,
     die_mid_body, broken_then_silent (to polls), transfer_failed, "full:<status>", or "slow:<seconds>"; `script` goes
     first, one word a call. What it saw is in `seen`, `aborted` and `dropped`; `active` calls are being answered.
-    `metrics` is the page it shows; `None` is 404."""
+    `metrics` is the page it shows, `tree` the tree that it describes; `None` is 404."""
 
     info: WorkerInfo
     behave: str = "ok"
@@ -80,6 +103,9 @@ class FakeWorker:
     info_behave: str = "ok"
     metrics: str | None = None
     metrics_behave: str = "ok"
+    tree: Any = None
+    tree_behave: str = "ok"
+    tree_asked: list[str] = field(default_factory=list)
     metrics_headers: list[dict[str, str]] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
@@ -102,6 +128,7 @@ class FakeWorker:
         app = web.Application(client_max_size=2**26)
         app.router.add_get(WORKER_INFO_PATH, self._info)
         app.router.add_get("/metrics", self._metrics)
+        app.router.add_get(TREE_PATH, self._tree)
         app.router.add_post("/abort_request", self._abort)
         app.router.add_post("/flush_cache", self._flush)
         app.router.add_get("/model_info", self._model_info)
@@ -143,6 +170,21 @@ class FakeWorker:
             raise web.HTTPNotFound
         status = 500 if self.metrics_behave == "broken" else 200
         return web.Response(status=status, text=self.metrics, content_type="text/plain")
+
+    async def _tree(self, request: web.Request) -> web.StreamResponse:
+        self.tree_asked.append(request.query_string)
+        match self.tree_behave:
+            case "hang":
+                await asyncio.sleep(60)
+            case "huge":
+                return web.Response(body=b" " * 2**23, content_type="application/json")
+            case "broken":
+                raise web.HTTPInternalServerError
+        if self.tree is None:
+            raise web.HTTPNotFound
+        if isinstance(self.tree, bytes):
+            return web.Response(body=self.tree, content_type="application/json")
+        return web.json_response(self.tree)
 
     async def _abort(self, request: web.Request) -> web.StreamResponse:
         self.aborted.append((await request.json())["rid"])
@@ -325,8 +367,10 @@ async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
 class QuickServer(RouterServer):
     """Notices `should_exit` sooner, for the sake of many short tests."""
 
+    longest_s: float = 30.0
+
     async def main_loop(self) -> None:
-        await until(lambda: self.should_exit, timeout_s=30)
+        await until(lambda: self.should_exit, timeout_s=self.longest_s)
 
 
 @contextlib.asynccontextmanager
@@ -335,6 +379,7 @@ async def running_system(
     prefill: int = 1,
     decode: dict[str, int] | None = None,
     wait: bool = True,
+    longest_s: float = 30.0,
     prepare: Callable[[list[FakeWorker], dict[str, list[FakeWorker]]], Awaitable[None] | None] | None = None,
     **config: Any,
 ) -> AsyncIterator[System]:
@@ -366,6 +411,7 @@ async def running_system(
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     server = QuickServer(app, router_config)
+    server.longest_s = longest_s
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         await until(lambda: server.started)
