@@ -27,6 +27,10 @@ test-slow: setup ## Run every test, the full oracle set too (about 30 minutes)
 test-gpu: setup ## Run on this machine's GPU all that only a GPU can show, and what runs on both; says what it skipped and why
 	@$(PYTHON) -m pytest -q -rs -m "(gpu or devices) and not slow" test
 
+.PHONY: browser
+browser: ## Install the browser that the test of the page at /ui drives (Debian, as root); without it that test is skipped
+	@scripts/browser.sh
+
 soak: setup ## Make 10,000 handoffs and 500 requests with faults: nothing may be wrong, leak or hang (about 5 minutes)
 	@$(PYTHON) test/soak/run.py
 

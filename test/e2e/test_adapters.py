@@ -12,6 +12,7 @@ import pytest
 
 from sglang_prefillshare.config import AdapterModule, Topology, WorkerSettings
 from sglang_prefillshare.deployment import Deployment
+from sglang_prefillshare.protocol import TREE_PATH
 from test.e2e.conftest import Models
 from test.support.device import WORKER_ARGS
 from test.support.models import sample_prompt
@@ -77,10 +78,17 @@ def test_what_one_module_fetched_the_next_finds_and_what_it_generated_nobody(
         [answer] = ask_all(deployment, [(module, prompt)])
         return asyncio.run(counted()) - before, answer
 
+    async def readers(tokens: int) -> tuple[str, set[str]]:
+        async with session() as client, client.get(f"{worker.url}{TREE_PATH}") as response:
+            tree = await response.json()
+        [node] = [node for node in tree["nodes"] if node["tokens"] == tokens]
+        return tree["modules"][node["computed_for"]], {tree["modules"][index] for index in node["read_by"]}
+
     prompt = clear_prompt(adapter_oracles["planner"], 161, NEW_TOKENS, seed=11)
     found = [moved_tokens(module, prompt) for module in adapter_oracles]
     assert [moved for moved, _ in found] == [160, 0, 0]
     assert len({tuple(answer) for _, answer in found}) == 3
+    assert asyncio.run(readers(160)) == ("planner", {"coder", "reviewer"}), "as the worker describes its tree"
     longer = [*prompt, *found[0][1], *sample_prompt(5, seed=12)]
     moved, answer = moved_tokens("planner", longer)
     assert moved == len(longer) - 1 - 160

@@ -13,6 +13,7 @@ import aiohttp
 import pytest
 
 from sglang_prefillshare.config import AdapterModule, Topology, WorkerSettings
+from sglang_prefillshare.protocol import TREE_PATH
 from test.e2e.conftest import Models
 from test.support.device import WORKER_ARGS
 from test.support.models import make_adapter, sample_prompt
@@ -281,6 +282,28 @@ def test_nothing_that_is_sent_ends_the_server(unified: Unified) -> None:
     found = {name: answer.status for name, answer in asyncio.run(run()).items()}
     assert found == {name: status for name, (_, status) in HOSTILE.items()}
     check_all(unified, [("coder", clear_prompt(unified.oracles["coder"], 50, NEW_TOKENS, seed=71))])
+
+
+def test_the_tree_shows_who_computed_and_who_read_since(unified: Unified) -> None:
+    """After all that the other tests did to it: prompts evicted, requests retracted."""
+    prompt = sample_prompt(161, seed=81)
+    for module in ("planner", "coder"):
+        check_all(unified, [(module, prompt)])
+
+    async def run() -> dict[str, Any]:
+        async with session() as client, client.get(f"{unified.url}{TREE_PATH}?limit=5000") as response:
+            return dict(await response.json())
+
+    tree = asyncio.run(run())
+    named = [
+        (node["tokens"], tree["modules"][node["computed_for"]], {tree["modules"][index] for index in node["read_by"]})
+        for node in tree["nodes"]
+        if node["computed_for"] is not None
+    ]
+    assert (160, "planner", {"coder"}) in named
+    held = sum(node["tokens"] for node in tree["nodes"])
+    assert held + tree["unseen_tokens"] == tree["tree_tokens"] and tree["failure"] is None
+    assert tree["unseen_tokens"] <= 0.1 * tree["pool_tokens"]
 
 
 def test_clients_that_leave_take_nothing_along(unified: Unified) -> None:

@@ -104,6 +104,7 @@ class Router:
             finally:
                 self._is_ending = True
                 self._dispatcher.stop()
+                self.board.stop()
                 for task in tasks:
                     task.cancel()
 

@@ -7,7 +7,6 @@ asked once a second at most, and while nobody looks they are not asked at all.
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
@@ -15,6 +14,7 @@ from importlib.resources import files
 from typing import Any, Final
 
 import aiohttp
+import msgspec
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
@@ -22,14 +22,11 @@ from starlette.routing import Route
 from sglang_prefillshare import __version__
 from sglang_prefillshare.errors import WorkerError
 from sglang_prefillshare.protocol import TREE_PATH
-from sglang_prefillshare.routing import _json
 from sglang_prefillshare.routing.figures import summarize
 from sglang_prefillshare.routing.telemetry import CallLog
-from sglang_prefillshare.routing.trees import MAX_BODY_BYTES, parse_tree
+from sglang_prefillshare.routing.trees import MAX_BODY_BYTES, Tree, parse_tree
 from sglang_prefillshare.routing.workers import Worker, WorkerPool
 from sglang_prefillshare.tree import DEFAULT_LIMIT
-
-logger = logging.getLogger(__name__)
 
 STATE_VERSION: Final = 1
 FRESH_S: Final = 1.0
@@ -76,6 +73,11 @@ class Board:
             Route("/ui/state", self.state),
             Route("/ui/{name}", self._file),
         ]
+
+    def stop(self) -> None:
+        """Nobody is asked any more."""
+        if self._asking is not None:
+            self._asking.cancel()
 
     async def _page(self, request: Request) -> Response:
         return self._serve(_PAGE)
@@ -125,9 +127,9 @@ class Board:
         waiting = self._queue()
         if waiting is not None:
             state["queue"] = dict(waiting)
-        return _json.dumps(state)
+        return msgspec.json.encode(state)
 
-    async def _tree_of(self, worker: Worker) -> tuple[dict[str, Any] | None, str | None]:
+    async def _tree_of(self, worker: Worker) -> tuple[Tree | None, str | None]:
         """A worker's tree, or why there is none to show."""
         if not worker.is_reachable:
             return None, worker.verdict.reason

@@ -45,16 +45,15 @@ def percentile(values: Sequence[float], percent: float) -> float | None:
 
 
 def figures_of(records: Sequence[CallRecord]) -> Figures:
-    measured = [record for record in records if record.prefill_tokens is not None]
-    tokens = sum(record.prefill_tokens or 0 for record in measured)
+    hit_ratio, cross_model_ratio = _ratios(records)
     ttft_ms = [record.ttft_ms for record in records if record.ttft_ms is not None and record.outcome is Outcome.OK]
     e2e_ms = [record.e2e_ms for record in records if record.outcome is Outcome.OK]
     return Figures(
         calls=len(records),
         failed=sum(record.outcome in _FAILED for record in records),
-        prefill_tokens=tokens,
-        hit_ratio=sum(record.cached_tokens or 0 for record in measured) / tokens if tokens else None,
-        cross_model_ratio=sum(r.cross_model_cached_tokens or 0 for r in measured) / tokens if tokens else None,
+        prefill_tokens=sum(record.prefill_tokens or 0 for record in records),
+        hit_ratio=hit_ratio,
+        cross_model_ratio=cross_model_ratio,
         ttft_ms_p50=percentile(ttft_ms, 50),
         ttft_ms_p95=percentile(ttft_ms, 95),
         e2e_ms_p50=percentile(e2e_ms, 50),
@@ -84,21 +83,32 @@ def summarize(
         record for record in records if record.model in known and first * step_s <= record.started_at < last * step_s
     ]
     by_module: dict[str, list[CallRecord]] = {name: [] for name in modules}
-    steps: list[list[CallRecord]] = [[] for _ in range(count)]
+    by_step: list[list[CallRecord]] = [[] for _ in range(count)]
+    ttft_ms: dict[str, list[list[float]]] = {name: [[] for _ in range(count)] for name in modules}
     for record in recent:
+        step = int(record.started_at // step_s - first)
         by_module[record.model].append(record)
-        steps[int(record.started_at // step_s - first)].append(record)
+        by_step[step].append(record)
+        if record.ttft_ms is not None and record.outcome is Outcome.OK:
+            ttft_ms[record.model][step].append(record.ttft_ms)
+    ratios = [_ratios(records) for records in by_step]
     return {
         "window_s": window_s,
         "all": asdict(figures_of(recent)),
         "modules": {name: asdict(figures_of(found)) for name, found in by_module.items()},
         "series": {
             "times": [(first + place + 1) * step_s for place in range(count)],
-            "ttft_ms_p50": {
-                name: [figures_of([r for r in step if r.model == name]).ttft_ms_p50 for step in steps]
-                for name in modules
-            },
-            "hit_ratio": [figures_of(step).hit_ratio for step in steps],
-            "cross_model_ratio": [figures_of(step).cross_model_ratio for step in steps],
+            "ttft_ms_p50": {name: [percentile(values, 50) for values in steps] for name, steps in ttft_ms.items()},
+            "hit_ratio": [hit for hit, _ in ratios],
+            "cross_model_ratio": [cross for _, cross in ratios],
         },
     }
+
+
+def _ratios(records: Sequence[CallRecord]) -> tuple[float | None, float | None]:
+    """(hit ratio, cross-model ratio)."""
+    tokens = sum(record.prefill_tokens or 0 for record in records)
+    if not tokens:
+        return None, None
+    cached = sum(record.cached_tokens or 0 for record in records)
+    return cached / tokens, sum(record.cross_model_cached_tokens or 0 for record in records) / tokens

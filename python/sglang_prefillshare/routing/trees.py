@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import msgspec
 
@@ -32,7 +32,9 @@ class _Other(msgspec.Struct, frozen=True):
     computed_for: Annotated[list[tuple[_Count | None, _Count]], msgspec.Meta(max_length=MAX_MODULES + 1)]
 
 
-class _Tree(msgspec.Struct, frozen=True):
+class Tree(msgspec.Struct, frozen=True):
+    """As in `sglang_prefillshare.tree`; a struct, since reading and writing it takes time from requests."""
+
     version: int
     modules: Annotated[list[Annotated[str, msgspec.Meta(max_length=512)] | None], msgspec.Meta(max_length=MAX_MODULES)]
     nodes: Annotated[list[_Node], msgspec.Meta(max_length=MAX_LIMIT)]
@@ -47,11 +49,11 @@ class _Tree(msgspec.Struct, frozen=True):
     failure: str | None
 
 
-_DECODER: Final = msgspec.json.Decoder(_Tree)
+_DECODER: Final = msgspec.json.Decoder(Tree)
 
 
-def parse_tree(body: bytes, *, source: str) -> dict[str, Any]:
-    """The answer as plain values, without what is not known here. Raises `WorkerError`, which names `source`."""
+def parse_tree(body: bytes, *, source: str) -> Tree:
+    """The answer, without what is not known here. Raises `WorkerError`, which names `source`."""
     try:
         tree = _DECODER.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -66,5 +68,4 @@ def parse_tree(body: bytes, *, source: str) -> dict[str, Any]:
     named += [index for index, _ in tree.other.computed_for if index is not None]
     if named and max(named) >= len(tree.modules):
         raise WorkerError(f"{source} describes its radix tree with a module {max(named)} of {len(tree.modules)}.")
-    values: dict[str, Any] = msgspec.to_builtins(tree)
-    return values
+    return tree

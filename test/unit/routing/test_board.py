@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import sglang_prefillshare.routing.board as board
@@ -71,7 +72,15 @@ def test_the_state_has_the_trees_of_the_workers_and_the_figures() -> None:
             figures = state["figures"]["modules"]["planner"]
             assert (figures["calls"], figures["hit_ratio"], figures["cross_model_ratio"]) == (1, 0.8, 0.4)
             assert figures["ttft_ms_p50"] > 0
-            assert "queue" not in state or state["queue"] == {}
+
+    run(scenario())
+
+
+def test_who_waits_is_told_where_somebody_can() -> None:
+    async def scenario() -> None:
+        async with running_system() as system:
+            system.router.dispatcher.gate = SimpleNamespace(counts=lambda: {"coder": 3})  # type: ignore[attr-defined]
+            assert (await system.get("/ui/state")).json()["queue"] == {"coder": 3}
 
     run(scenario())
 

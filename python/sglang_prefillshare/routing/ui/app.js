@@ -31,8 +31,8 @@ function fill(parent, ...children) {
   if (!same) parent.replaceChildren(...next.childNodes);
 }
 
-function swatch(module, kind = "") {
-  const made = element("span", { class: `swatch ${kind}`.trim(), "aria-hidden": "true" });
+function swatch(module) {
+  const made = element("span", { class: "swatch", "aria-hidden": "true" });
   made.style.background = colour(module);
   return made;
 }
@@ -80,7 +80,10 @@ function showTree() {
   else view.hide();
   const used = tree ? new Set(tree.nodes.flatMap((node) => [node.computed_for, ...node.read_by].map((index) => (index === null ? undefined : tree.modules[index])))) : new Set();
   const shown = [...seated().filter((module) => used.has(module)), ...(used.has(undefined) || used.has(null) ? [undefined] : [])];
-  fill($("legend"), ...shown.map((module) => element("li", {}, swatch(module), element("span", { text: module === undefined ? "nobody's, or not known" : module }))));
+  const entries = shown.map((module) => [swatch(module), module === undefined ? "nobody's, or not known" : module]);
+  const marks = tree ? [["leased", "on loan to a decode worker"], ["locked", "held by a request"]].filter(([kind]) => tree.nodes.some((node) => node[kind])) : [];
+  for (const [kind, text] of marks) entries.push([element("span", { class: `swatch ${kind}`, "aria-hidden": "true" }), text]);
+  fill($("legend"), ...entries.map(([sign, text]) => element("li", {}, sign, element("span", { text }))));
 }
 
 function showModules() {
@@ -94,8 +97,8 @@ function showModules() {
       ["Answer, p50", ms(figures.e2e_ms_p50)],
       ["p95", ms(figures.e2e_ms_p95)],
     ];
-    const head = element("th", { scope: "row" }, swatch(module), element("span", { text: module }));
-    return element("tr", {}, head, ...cells.map(([of, text]) => element("td", { "data-name": of }, element("span", { text }))));
+    const head = element("th", { scope: "row", role: "rowheader" }, swatch(module), element("span", { text: module }));
+    return element("tr", { role: "row" }, head, ...cells.map(([of, text]) => element("td", { role: "cell", "data-name": of }, element("span", { text }))));
   });
   fill($("modules").tBodies[0], ...rows);
   const { times, ttft_ms_p50: byModule, hit_ratio: hit, cross_model_ratio: cross } = state.figures.series;
