@@ -215,6 +215,7 @@ def test_a_keyboard_reaches_every_node_and_stays_where_it_is(page: Page) -> None
     assert page.press("END") == 5 and page.press("HOME") == 1
     page.press("DOWN", "ENTER")
     assert page.js("return document.querySelectorAll('[role=treeitem]').length") == 3, "with what is above and below it"
+    assert page.js(CONTRAST) == []
     assert page.text("#zoom-out") and page.press("ESCAPE") == 2 and not page.text("#zoom-out")
     # The tree changes while somebody is in it: the node keeps the focus; if it goes, its parent has it.
     more = [{**node, "tokens": node["tokens"] + 10} for node in TREE["nodes"] if node["id"] != 4]
@@ -268,6 +269,7 @@ def test_an_empty_tree_a_silent_worker_and_a_lost_router_are_said_so(page: Page)
     page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": True, **conditions})
     page.until(lambda: "does not answer; asking again" in page.text("#status"))
     assert "What is shown is of" in page.text("#status") and page.text("#detail")
+    assert page.js(CONTRAST) == []
     page.driver.execute_cdp_cmd("Network.emulateNetworkConditions", {"offline": False, **conditions})
     page.until(lambda: page.text("#status") == "Live")
     assert all("ui/state" in line for line in page.complaints())

@@ -199,7 +199,6 @@ export class TreeView {
     group.setAttribute("transform", `translate(${(x + 0.5).toFixed(2)} ${y})`);
     group.classList.toggle("leased", node.leased);
     group.classList.toggle("locked", node.locked && !node.leased);
-    group.setAttribute("opacity", above ? 0.6 : 1);
     group.setAttribute("tabindex", node.id === this.at ? 0 : -1);
     group.setAttribute("aria-level", node.depth + 1);
     const siblings = this.siblings(node);
@@ -218,7 +217,7 @@ export class TreeView {
       const part = inner / all.length;
       make("rect", strip, { class: "read", x: (place * part).toFixed(2), y: BAR + 2, width: Math.max(part - 0.5, 0.4).toFixed(2), height: STRIP - 1, fill: colour(modules[index]) });
     });
-    text.textContent = label(node, modules, width);
+    text.textContent = label(node, modules, width, above);
     text.setAttribute("fill", ink(fill));
   }
 
@@ -304,10 +303,10 @@ export class TreeView {
   }
 }
 
-function label(node, modules, width) {
+function label(node, modules, width, above) {
   if (width < MIN_TEXT) return "";
   const room = Math.floor((width - 12) / CHAR);
-  const owner = node.computed_for === null ? "?" : name(modules[node.computed_for]);
+  const owner = `${above ? "↑ " : ""}${node.computed_for === null ? "?" : name(modules[node.computed_for])}`;
   for (const text of [`${owner} · ${count(node.tokens)}`, count(node.tokens)]) if (text.length <= room) return text;
   return "";
 }
