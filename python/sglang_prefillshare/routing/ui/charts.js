@@ -48,7 +48,7 @@ export class Chart {
         cursor: { show: false },
         scales: { y: { range: (_plot, _low, high) => [0, this.unit === "%" ? 100 : Math.max(high * 1.15, 1)] } },
         axes: [
-          { ...axis, space: 46, values: (_plot, splits) => splits.map(clock) },
+          { ...axis, space: 46, incrs: [60, 120, 300, 600], values: (_plot, splits) => splits.map(clock) },
           { ...axis, size: 48 },
         ],
         series: [
