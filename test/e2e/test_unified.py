@@ -295,12 +295,20 @@ def test_the_tree_shows_who_computed_and_who_read_since(unified: Unified) -> Non
             return dict(await response.json())
 
     tree = asyncio.run(run())
-    named = [
-        (node["tokens"], tree["modules"][node["computed_for"]], {tree["modules"][index] for index in node["read_by"]})
-        for node in tree["nodes"]
-        if node["computed_for"] is not None
-    ]
-    assert (160, "planner", {"coder"}) in named
+    nodes = {node["id"]: node for node in tree["nodes"]}
+
+    def ways(node: dict[str, Any] | None) -> list[tuple[int, str | None, set[str]]]:
+        """From the root down to a node, which chunks may have cut up: tokens, owner, readers."""
+        if node is None:
+            return []
+        owner = None if node["computed_for"] is None else tree["modules"][node["computed_for"]]
+        own = (node["tokens"], owner, {tree["modules"][index] for index in node["read_by"]})
+        return [*ways(nodes.get(node["parent"])), own]
+
+    found = [ways(node) for node in tree["nodes"]]
+    assert any(
+        sum(n for n, *_ in way) == 160 and all(who == ["planner", {"coder"}] for _, *who in way) for way in found
+    )
     held = sum(node["tokens"] for node in tree["nodes"])
     assert held + tree["unseen_tokens"] == tree["tree_tokens"] and tree["failure"] is None
     assert tree["unseen_tokens"] <= 0.1 * tree["pool_tokens"]

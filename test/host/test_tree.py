@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from array import array
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType  # noqa: E402
 from sglang.srt.mem_cache.unified_cache.tree_core_registry import create_tree_core  # noqa: E402
 
+from sglang_prefillshare.host.http import tree as http  # noqa: E402
 from sglang_prefillshare.host.roles import tree as hooks  # noqa: E402
 from sglang_prefillshare.protocol import Role  # noqa: E402
 from sglang_prefillshare.tree import readable  # noqa: E402
@@ -117,3 +119,63 @@ def test_a_bug_in_the_picture_ends_the_picture_and_not_the_worker(cache: Cache) 
     assert "not kept any more" in kept.failure
     cache.checkpoint([1, 2, 3], "planner")
     assert kept.mirror.tokens == 0
+
+
+class Manager:
+    """SGLang's tokenizer manager, as far as a scheduler can be asked through it."""
+
+    def __init__(self, *, response: list[Any] | None = None, delay_s: float = 0.01) -> None:
+        described = {"pool": {"pool_tokens": 9}, "tree": hooks.TreeMirror(lambda _node: (), page_size=1)}
+        described["tree"] = described["tree"].describe(limit=5, leased=(), locked=(), now_s=0.0)
+        self.response = [described] if response is None else response
+        self.delay_s = delay_s
+        self.limits: list[int] = []
+
+    async def dumper_control(self, request: Any) -> list[Any]:
+        self.limits.append(request.body["limit"])
+        await asyncio.sleep(self.delay_s)
+        return [SimpleNamespace(response=self.response, error="no tree")]
+
+
+def test_however_many_ask_a_scheduler_is_asked_once_at_a_time() -> None:
+    async def run() -> None:
+        manager = Manager()
+        asked = http.TreeDescriptions(manager, {"role": "prefill"})
+        answers = await asyncio.gather(*(asked.latest(500) for _ in range(10)))
+        assert manager.limits == [500] and all(answer is answers[0] for answer in answers)
+        assert answers[0]["role"] == "prefill" and answers[0]["nodes"] == [] and answers[0]["pool_tokens"] == 9
+        await asked.latest(100)
+        assert manager.limits == [500], "what is fresh and larger serves"
+        await asked.latest(5000)
+        assert manager.limits == [500, 5000]
+        asked._last_at -= http.FRESH_S
+        await asked.latest(100)
+        assert manager.limits == [500, 5000, 100]
+
+    asyncio.run(run())
+
+
+def test_a_scheduler_that_says_nothing_or_has_no_tree_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http, "_TIMEOUT_S", 0.05)
+
+    async def run() -> None:
+        slow = Manager(delay_s=60)
+        asked = http.TreeDescriptions(slow, {})
+        for _ in range(3):
+            with pytest.raises(http.SilentSchedulerError, match="did not answer"):
+                await asked.latest(500)
+        assert slow.limits == [500], "one question waits, however many gave up"
+        with pytest.raises(http.SilentSchedulerError, match="no picture of the radix tree: no tree"):
+            await http.TreeDescriptions(Manager(response=[]), {}).latest(500)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("text", ["", "0", "5001", "-1", "1e3", "٣", "9" * 5000, "all"])
+def test_a_limit_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="wanted a number of nodes from 1 to 5000"):
+        http.parse_limit(text)
+
+
+def test_a_limit_is_a_number_of_nodes() -> None:
+    assert [http.parse_limit(text) for text in (None, "1", "5000")] == [500, 1, 5000]

@@ -43,6 +43,14 @@ _HEADERS: Final = {
 }
 
 
+class _Message(msgspec.Struct, frozen=True):
+    message: str
+
+
+class _WorkerError(msgspec.Struct, frozen=True):
+    error: _Message
+
+
 class Board:
     """What the page is served, and what it asks for. `queue` counts the requests that wait, by module, if any can."""
 
@@ -140,7 +148,7 @@ class Board:
                     return parse_tree(body, source="it"), None
                 if response.status == HTTPStatus.NOT_FOUND:
                     return None, f"it has no {TREE_PATH}: run the same sglang-prefillshare version everywhere"
-                return None, f"it answered {response.status} at {TREE_PATH}"
+                return None, f"it answered {response.status} at {TREE_PATH}{_reason(body)}"
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             return None, f"it does not answer: {str(error) or type(error).__name__}"
         except WorkerError as error:
@@ -154,6 +162,14 @@ async def _read(response: aiohttp.ClientResponse) -> bytes:
         if len(body) > MAX_BODY_BYTES:
             raise WorkerError(f"it answered over {MAX_BODY_BYTES} bytes at {TREE_PATH}")
     return bytes(body)
+
+
+def _reason(body: bytes) -> str:
+    """What a worker's error says, for its line on the page."""
+    try:
+        return f": {msgspec.json.decode(body, type=_WorkerError).error.message[:300]}"
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return ""
 
 
 def _read_files() -> dict[str, tuple[bytes, str]]:

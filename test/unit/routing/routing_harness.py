@@ -179,7 +179,7 @@ class FakeWorker:
             case "huge":
                 return web.Response(body=b" " * 2**23, content_type="application/json")
             case "broken":
-                raise web.HTTPInternalServerError
+                return web.json_response({"error": {"message": "No picture."}}, status=503)
         if self.tree is None:
             raise web.HTTPNotFound
         if isinstance(self.tree, bytes):

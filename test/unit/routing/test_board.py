@@ -119,7 +119,12 @@ def test_one_worker_that_hangs_lies_or_is_gone_leaves_the_others_shown() -> None
                     strict=True,
                 )
             }
-            assert "does not answer" in says["slow"] and "bytes" in says["huge"] and "500" in says["broken"]
+            assert (
+                "does not answer" in says["slow"]
+                and "bytes" in says["huge"]
+                and "503" in says["broken"]
+                and "No picture." in says["broken"]
+            )
             assert "cannot be read" in says["liar"] and says["gone"]
             assert all(workers[w.url]["tree"] is None for w in (slow, huge, broken, liar))
 

@@ -260,7 +260,7 @@ def test_an_empty_tree_a_silent_worker_and_a_lost_router_are_said_so(page: Page)
     page.open()
     page.until(lambda: "The tree is empty" in page.text("#tree-note"))
     page.site.system.prefill[0].tree_behave = "broken"
-    page.until(lambda: "answered 500" in page.text("#tree-note"))
+    page.until(lambda: "answered 503" in page.text("#tree-note"))
     page.site.reset()
     page.until(lambda: page.text("#tree-note") == "" and "first computed for" in page.text("#detail"))
     assert page.complaints() == []
