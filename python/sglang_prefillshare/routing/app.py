@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable
 from typing import Any, Final
 
 import aiohttp
@@ -59,7 +59,7 @@ class Router:
             calls=self.calls,
             session=lambda: self.session,
             models=lambda: list(self.config.decode),
-            queue=self._waiting,
+            queue=lambda: self.dispatcher.gate.counts(),
             started_at=self.started_at,
         )
         self._dispatcher: Dispatcher | None = None
@@ -219,11 +219,6 @@ class Router:
             if families:
                 found[worker.url] = families
         return found
-
-    def _waiting(self) -> Mapping[str, int] | None:
-        """Requests that wait for room, by module; None where none can."""
-        gate = getattr(self._dispatcher, "gate", None)
-        return None if gate is None else gate.counts()
 
     # -- what only the workers know
 

@@ -52,7 +52,7 @@ class _WorkerError(msgspec.Struct, frozen=True):
 
 
 class Board:
-    """What the page is served, and what it asks for. `queue` counts the requests that wait, by module, if any can."""
+    """What the page is served, and what it asks for. `queue` counts the requests that wait, by module."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Board:
         calls: CallLog,
         session: Callable[[], aiohttp.ClientSession],
         models: Callable[[], list[str]],
-        queue: Callable[[], Mapping[str, int] | None],
+        queue: Callable[[], Mapping[str, int]],
         started_at: int,
     ) -> None:
         self._pool = pool
@@ -131,10 +131,8 @@ class Board:
                 for worker, (tree, problem) in zip(workers, trees, strict=True)
             ],
             "figures": summarize(self._calls.find(), modules=models, now_s=now_s),
+            "queue": dict(self._queue()),
         }
-        waiting = self._queue()
-        if waiting is not None:
-            state["queue"] = dict(waiting)
         return msgspec.json.encode(state)
 
     async def _tree_of(self, worker: Worker) -> tuple[Tree | None, str | None]:

@@ -6,8 +6,9 @@ import asyncio
 import hashlib
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 import sglang_prefillshare.routing.board as board
 from test.unit.routing.routing_harness import described_tree, run, running_system
@@ -76,10 +77,10 @@ def test_the_state_has_the_trees_of_the_workers_and_the_figures() -> None:
     run(scenario())
 
 
-def test_who_waits_is_told_where_somebody_can() -> None:
+def test_who_waits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         async with running_system() as system:
-            system.router.dispatcher.gate = SimpleNamespace(counts=lambda: {"coder": 3})  # type: ignore[attr-defined]
+            monkeypatch.setattr(system.router.dispatcher.gate, "counts", lambda: {"coder": 3})
             assert (await system.get("/ui/state")).json()["queue"] == {"coder": 3}
 
     run(scenario())
