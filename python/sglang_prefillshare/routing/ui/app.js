@@ -47,8 +47,8 @@ function showTiles() {
   $("calls").textContent = count(all.calls);
   $("calls-note").textContent = all.failed ? `in the last five minutes, ${count(all.failed)} failed` : "in the last five minutes";
   $("inflight").textContent = count(state.workers.reduce((sum, worker) => sum + worker.inflight_requests, 0));
-  const waiting = state.queue === undefined ? undefined : Object.values(state.queue).reduce((sum, n) => sum + n, 0);
-  $("queue").textContent = waiting === undefined ? "legs on all workers" : `legs on all workers; ${count(waiting)} requests wait`;
+  const waiting = Object.values(state.queue).reduce((sum, n) => sum + n, 0);
+  $("queue").textContent = `legs on all workers; ${count(waiting)} request${waiting === 1 ? " waits" : "s wait"}`;
 }
 
 function title(worker) {
@@ -126,7 +126,8 @@ function showWorkers() {
       parts.push(room, element("p", { class: "say", text: `${count(held)} in use, ${count(tree.evictable_tokens)} kept and can go, ${count(tree.free_tokens)} free of ${tokens(tree.pool_tokens)}` }));
     }
     const legs = `${count(worker.inflight_requests)} in flight${worker.inflight_prefill_tokens ? `, ${tokens(worker.inflight_prefill_tokens)} to compute` : ""}`;
-    const waiting = worker.role === "prefill" || state.queue === undefined ? "" : `; ${count(state.queue[worker.model] ?? 0)} wait`;
+    const waits = state.queue[worker.model] ?? 0;
+    const waiting = worker.role === "prefill" || !waits ? "" : `; ${count(waits)} more wait`;
     parts.push(element("p", { class: "say", text: legs + waiting }));
     if (worker.reason ?? worker.problem) parts.push(element("p", { class: "why", text: worker.reason ?? worker.problem }));
     return element("li", {}, ...parts);
