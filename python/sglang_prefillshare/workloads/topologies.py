@@ -64,7 +64,7 @@ def topology_of(benchmark: Benchmark, name: TopologyName, models: Mapping[str, P
     prefill_count = workers.shared_prefill or len(agents)
     own = workers.shared_args if name == "shared" else {}
     own_decode = workers.shared_decode_args if name == "shared" else {}
-    own_router = workers.shared_router_args if name == "shared" else {}
+    own_router = _own_router_args(benchmark) if name == "shared" else {}
     return Topology(
         base=WorkerSettings(
             str(models["base"]),
@@ -105,9 +105,14 @@ def _of_adapters(benchmark: Benchmark, name: TopologyName, models: Mapping[str, 
         decode=(),
         adapters=tuple(AdapterModule(agent, str(models[agent])) for agent in benchmark.models.names),
         is_unified=is_unified,
-        router=RouterSettings(args={} if is_unified else _args(workers.router_args, workers.shared_router_args)),
+        router=RouterSettings(args={} if is_unified else _args(workers.router_args, _own_router_args(benchmark))),
         env=dict(workers.env),
     )
+
+
+def _own_router_args(benchmark: Benchmark) -> dict[str, ArgValue]:
+    """Of the router of our topologies: a request may wait for room as long as stock SGLang lets it wait in a worker."""
+    return _args({"queue-timeout": benchmark.limits.request_s}, benchmark.workers.shared_router_args)
 
 
 def make_deployment(
