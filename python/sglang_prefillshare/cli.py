@@ -22,6 +22,9 @@ EXIT_CONFIG: Final = 2
 EXIT_FAILURE: Final = 1
 EXIT_INTERRUPTED: Final = 130
 
+_PIPED_COLUMNS: Final = 160
+"""Of a table that goes to no terminal."""
+
 _FOLDER = click.Path(file_okay=False, path_type=Path)
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -125,12 +128,30 @@ def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path 
 @cli.command()
 @click.option("--prefill", multiple=True, metavar="URL", help="A base worker. Repeat for several.")
 @click.option("--decode", multiple=True, metavar="NAME=URL", help="A worker of decode module NAME. Repeat for several.")
+@click.option(
+    "--workers",
+    "sources",
+    multiple=True,
+    metavar="SOURCE",
+    help="Where more workers are named, which say themselves what they are: file:PATH (YAML) or dns:NAME:PORT. Repeat.",
+)
 @click.option("--host", help="Address to listen at.")
 @click.option("--port", type=int, help="Port to listen at.")
 @click.option("--worker-api-key", envvar="PREFILLSHARE_WORKER_API_KEY", help="The --api-key that workers were given.")
+@click.option(
+    "--admin-api-key",
+    envvar="PREFILLSHARE_ADMIN_API_KEY",
+    help="Who shows this key may add and remove workers and modules. [default: nobody]",
+)
 @click.option("--connect-timeout", "connect_timeout_s", type=float, help="Seconds to connect to a worker.")
 @click.option("--request-timeout", "request_timeout_s", type=float, help="Seconds a whole answer may take.")
 @click.option("--drain-timeout", "drain_timeout_s", type=float, help="Seconds a prefill leg may outlive its answer.")
+@click.option(
+    "--drain-deadline",
+    "drain_deadline_s",
+    type=float,
+    help="Seconds that requests may still take on a worker that leaves.",
+)
 @click.option("--poll-interval", "poll_interval_s", type=float, help="Seconds between looks at a worker.")
 @click.option("--stop-grace", "stop_grace_s", type=float, help="Seconds that running calls are given at the end.")
 @click.option("--load-margin-tokens", type=int, help="Prefill tokens in flight that cached prefixes are worth.")
@@ -155,11 +176,21 @@ def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path 
     help="What is told on stderr; from info on, every worker that becomes ready, does not fit, or goes down.",
 )
 def route(
-    prefill: tuple[str, ...], decode: tuple[str, ...], log_level: str, no_admission: bool, **settings: Any
+    prefill: tuple[str, ...],
+    decode: tuple[str, ...],
+    sources: tuple[str, ...],
+    log_level: str,
+    no_admission: bool,
+    **settings: Any,
 ) -> None:
-    """Run the router alone, in front of workers that already run."""
+    """Run the router alone, in front of workers that already run.
+
+    Workers come and go while it runs, as --workers and the admin endpoints say; docs/architecture.md has them.
+    """
     _log_to_stderr(log_level)
     from sglang_prefillshare.routing.config import AdmissionConfig, BreakerConfig, PolicyConfig, RouterConfig
+    from sglang_prefillshare.routing.membership import parse_source
+    from sglang_prefillshare.routing.sources import check_sources
 
     modules: dict[str, list[str]] = {}
     for entry in decode:
@@ -185,11 +216,40 @@ def route(
     )
     breaker_keys = {"breaker_failures": "failures_to_open", "breaker_backoff": "backoff_s"}
     breaker = BreakerConfig(**{name: given.pop(key) for key, name in breaker_keys.items() if key in given})
-    config = RouterConfig(prefill=prefill, decode=modules, policy=policy, admission=admission, breaker=breaker, **given)
+    config = RouterConfig(
+        prefill=prefill,
+        decode=modules,
+        sources=[parse_source(source) for source in sources],
+        policy=policy,
+        admission=admission,
+        breaker=breaker,
+        **given,
+    )
+    check_sources(config.sources)
 
     from sglang_prefillshare.routing.server import serve
 
     serve(config)
+
+
+@cli.command("workers")
+@click.option("--router", required=True, metavar="URL", help="The router to ask, such as http://127.0.0.1:8000.")
+@click.option("--json", "as_json", is_flag=True, help="What the router says, as JSON.")
+@click.option("--timeout", "timeout_s", type=float, default=10.0, show_default=True, help="Seconds.")
+def show_workers(router: str, as_json: bool, timeout_s: float) -> None:
+    """Show a router's workers: what they are, who is refused and why."""
+    import json
+
+    from rich.console import Console
+
+    from sglang_prefillshare.routing.overview import fetch, show
+
+    told = fetch(router, timeout_s=timeout_s)
+    if as_json:
+        click.echo(json.dumps(told, indent=2))
+    else:
+        console = Console(highlight=False)
+        show(told, console=console if console.is_terminal else Console(highlight=False, width=_PIPED_COLUMNS))
 
 
 def _log_to_stderr(level: str) -> None:

@@ -134,4 +134,9 @@ class WorkerInfo:
             raise WorkerError(f"{source} has role {values['role']!r}, wanted prefill, decode or unified.") from None
         if values.get("room") is not None:
             values["room"] = Room.from_json(values["room"], source=source)
+        modules = values.get("modules")
+        if not isinstance(modules, list | None) or not all(isinstance(name, str) for name in modules or ()):
+            raise WorkerError(f"{source} has the modules {modules!r}, wanted a list of names, or null.")
+        if not isinstance(values["model"], str):
+            raise WorkerError(f"{source} has the model {values['model']!r}, wanted a name.")
         return cls(**values)

@@ -122,6 +122,23 @@ def test_what_the_routers_flags_say_reaches_its_configuration(monkeypatch: pytes
     assert cli.run([*workers, "--queue-size", "-1"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("file:absent.yaml", "cannot read file:absent.yaml: No such file"),
+        ("kubernetes:x", "cannot be read from the Kubernetes API yet"),
+        ("dns:workers", "a port from 1 to 65535"),
+        ("workers.yaml", "wanted file:PATH or dns:NAME:PORT"),
+    ],
+)
+def test_a_source_of_workers_is_checked_before_the_router_starts(
+    source: str, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.run(["route", "--workers", source]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+
+
 # ---- identity write ------------------------------------------------------------------------------------------------
 
 

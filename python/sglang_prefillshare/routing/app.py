@@ -22,7 +22,10 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from sglang_prefillshare import __version__
+from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.routing import _json
+from sglang_prefillshare.routing.adapters import Adapters
+from sglang_prefillshare.routing.admin import Admin
 from sglang_prefillshare.routing.answers import error_body
 from sglang_prefillshare.routing.board import Board
 from sglang_prefillshare.routing.config import RouterConfig
@@ -30,6 +33,7 @@ from sglang_prefillshare.routing.dispatch import Dispatcher
 from sglang_prefillshare.routing.legs import Legs
 from sglang_prefillshare.routing.prefix_index import PrefixIndex
 from sglang_prefillshare.routing.request import Endpoint
+from sglang_prefillshare.routing.roster import Roster
 from sglang_prefillshare.routing.telemetry import CallLog, Metrics
 from sglang_prefillshare.routing.worker_metrics import parse_handoff_families, sum_families
 from sglang_prefillshare.routing.workers import Worker, WorkerPool
@@ -58,13 +62,14 @@ class Router:
             pool=self.pool,
             calls=self.calls,
             session=lambda: self.session,
-            models=lambda: list(self.config.decode),
+            models=lambda: self.pool.modules,
             queue=lambda: self.dispatcher.gate.counts(),
             started_at=self.started_at,
         )
         self._dispatcher: Dispatcher | None = None
         self._session: aiohttp.ClientSession | None = None
-        self._is_ending = False
+        self._roster: Roster | None = None
+        self._adapters: Adapters | None = None
 
     @property
     def dispatcher(self) -> Dispatcher:
@@ -75,6 +80,16 @@ class Router:
     def session(self) -> aiohttp.ClientSession:
         assert self._session is not None, "the app's lifespan has not started"
         return self._session
+
+    @property
+    def roster(self) -> Roster:
+        assert self._roster is not None, "the app's lifespan has not started"
+        return self._roster
+
+    @property
+    def adapters(self) -> Adapters:
+        assert self._adapters is not None, "the app's lifespan has not started"
+        return self._adapters
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -98,24 +113,37 @@ class Router:
                 background=background,
                 legs_type=self.legs_type,
             )
-            tasks = [pollers.create_task(self._poll_until_the_end(worker)) for worker in self.pool]
+            self._adapters = Adapters(
+                self.config,
+                pool=self.pool,
+                session=self._session,
+                poll=self._poll_once,
+                on_dropped=self._dispatcher.forget_module,
+                group=pollers,
+            )
+            self._roster = Roster(
+                self.config, pool=self.pool, poll=self._poll, on_forgotten=self._forget, group=pollers
+            )
+            self._roster.start()
             try:
                 yield
             finally:
-                self._is_ending = True
                 self._dispatcher.stop()
                 self.board.stop()
-                for task in tasks:
-                    task.cancel()
+                self._roster.stop()
+                self._adapters.stop()
 
-    async def _poll_until_the_end(self, worker: Worker) -> None:
-        # A cancellation alone can get lost: in a poll that runs out of time at that moment.
-        while not self._is_ending:
-            try:
-                await self.pool.poll(worker, self.session)
-            except Exception:  # a bug of ours must not stop the polls, nor take the other pollers down
-                logger.exception("polling the %s failed", worker.label)
-            await asyncio.sleep(self.config.poll_interval_s)
+    async def _poll(self, worker: Worker) -> None:
+        await self._poll_once(worker)
+        self.adapters.restore(worker)
+
+    async def _poll_once(self, worker: Worker) -> None:
+        await self.pool.poll(worker, self.session)
+
+    def _forget(self, worker: Worker) -> None:
+        """What else is known of a member that is gone."""
+        self.dispatcher.forget_sessions({worker.url})
+        self.adapters.forget(worker)
 
     # -- generation
 
@@ -134,7 +162,7 @@ class Router:
     async def models(self, request: Request) -> Response:
         """The decode modules (under /m/<model>/: that one). The base is not among them: it answers nobody."""
         module = self._path_module(request)
-        names = self.config.decode if module is None else [module]
+        names = self.pool.modules if module is None else [module]
         return JSONResponse({"object": "list", "data": [self._model_card(name) for name in names]})
 
     async def model(self, request: Request) -> Response:
@@ -152,6 +180,17 @@ class Router:
             "max_model_len": min((info.context_length for info in infos), default=None),
         }
 
+    async def live(self, request: Request) -> Response:
+        """200 as long as the event loop runs."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """200 as soon as one decode module can be served; one that cannot takes no other out with it."""
+        served = [] if self.dispatcher.is_stopping else self.pool.served_modules()
+        missing = ["the router is stopping"] if self.dispatcher.is_stopping else self.pool.missing()
+        body = {"status": "ok" if served else "unavailable", "modules": served, "missing": missing}
+        return JSONResponse(body, status_code=200 if served else 503)
+
     async def health(self, request: Request) -> Response:
         """200 when every decode module (under /m/<model>/: that one) and the base can be reached through us."""
         module = self._path_module(request)
@@ -160,12 +199,13 @@ class Router:
             "status": "unavailable" if missing else "ok",
             "missing": missing,
             "base_fingerprint": self.pool.reference,
+            "bases": self._bases(),
             "prefill_ready": sum(worker.is_ready for worker in self.pool.prefill),
             "decode_ready": {
-                name: sum(worker.is_ready_for(name) for worker in workers) for name, workers in self.pool.decode.items()
+                name: sum(worker.is_ready_for(name) for worker in self.pool.decode[name]) for name in self.pool.modules
             },
             "not_ready": [
-                {"url": worker.url, "status": worker.verdict.status, "reason": worker.verdict.reason}
+                {"url": worker.url, "status": worker.status, "reason": worker.reason}
                 for worker in self.pool
                 if not worker.is_ready
             ],
@@ -176,11 +216,30 @@ class Router:
         return JSONResponse(
             {
                 "base_fingerprint": self.pool.reference,
+                "bases": self._bases(),
+                "sources": self.roster.to_json(),
+                "withdrawn_modules": sorted(self.pool.withdrawn),
                 "workers": [
-                    {**worker.to_json(), "prefix_blocks": self.index.block_count(worker.url)} for worker in self.pool
+                    {
+                        **worker.to_json(),
+                        "sources": self.roster.sources_of(worker.url),
+                        "prefix_blocks": self.index.block_count(worker.url),
+                    }
+                    for worker in self.pool
                 ],
             }
         )
+
+    def _bases(self) -> list[dict[str, Any]]:
+        """Each base with its ready prefill workers and the modules that are bound to it; the one seen first first."""
+        return [
+            {
+                "base_fingerprint": base,
+                "prefill_ready": sum(worker.is_ready and worker.base == base for worker in self.pool.prefill),
+                "modules": [name for name in self.pool.modules if self.pool.base_of(name) == base],
+            }
+            for base in self.pool.bases.known
+        ]
 
     async def recent_calls(self, request: Request) -> Response:
         limit = request.query_params.get("limit")
@@ -192,24 +251,25 @@ class Router:
     async def expose_metrics(self, request: Request) -> Response:
         """Our own, and the workers' handoff metrics in sum."""
         families = await self._handoff_families()
+        self.metrics.forget_workers()
         for worker in self.pool:
-            labels = (worker.role, worker.model or "", worker.url)
-            self.metrics.worker_metrics_missing.labels(*labels).set(worker.url not in families)
+            labels = (worker.role or "", worker.model or "", worker.url)
+            self.metrics.worker_metrics_missing.labels(*labels).set(worker not in families)
             self.metrics.worker_ready.labels(*labels).set(worker.is_ready)
             self.metrics.worker_breaker_open.labels(*labels).set(worker.breaker.is_avoided)
             self.metrics.worker_inflight.labels(*labels).set(len(worker.legs))
-            if worker.model is None:
+            if worker.role is Role.PREFILL:
                 self.metrics.worker_inflight_tokens.labels(worker.url).set(worker.inflight_tokens)
-        of_workers = sum_families((self.pool[url].served_model or "", found) for url, found in families.items())
+        of_workers = sum_families((worker.served_model or "", found) for worker, found in families.items())
         body, content_type = self.metrics.exposition(of_workers)
         return Response(body, headers={"content-type": content_type})
 
-    async def _handoff_families(self) -> dict[str, list[Metric]]:
-        """By URL, of the workers that show any, in the pool's order."""
+    async def _handoff_families(self) -> dict[Worker, list[Metric]]:
+        """Of the workers that show any, in the pool's order."""
         workers = [worker for worker in self.pool if worker.is_reachable]
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(self.pool.metrics_page(worker, self.session)) for worker in workers]
-        found: dict[str, list[Metric]] = {}
+        found: dict[Worker, list[Metric]] = {}
         for worker, page in zip(workers, (task.result() for task in tasks), strict=True):
             try:
                 families = parse_handoff_families(page or "")
@@ -217,7 +277,7 @@ class Router:
                 logger.debug("the metrics of the %s cannot be read: %s", worker.label, error)
                 continue
             if families:
-                found[worker.url] = families
+                found[worker] = families
         return found
 
     # -- what only the workers know
@@ -225,8 +285,8 @@ class Router:
     async def model_info(self, request: Request) -> Response:
         """A module's worker under /m/<model>/, or if there is one module; else the base, whose tokenizer all share."""
         module = self._path_module(request)
-        if module is None and len(self.config.decode) == 1:
-            module = next(iter(self.config.decode))
+        if module is None and len(self.pool.modules) == 1:
+            module = self.pool.modules[0]
         candidates = self.pool.prefill if module is None else self.pool.decode[module]
         return await self._ask_first_ready(candidates, "/model_info", request)
 
@@ -240,15 +300,16 @@ class Router:
         body: dict[str, list[Any]] = {"prefill": [], "decode": []}
         for worker, (status, info) in zip(workers, answers, strict=True):
             entry: dict[str, Any] = {"url": worker.url, "status": status}
-            body[worker.role].append({**entry, **info} if isinstance(info, dict) else {**entry, "error": info})
-        return JSONResponse({"router": {"version": __version__, "models": list(self.config.decode)}, **body})
+            if worker.role in body:
+                body[worker.role].append({**entry, **info} if isinstance(info, dict) else {**entry, "error": info})
+        return JSONResponse({"router": {"version": __version__, "models": self.pool.modules}, **body})
 
     async def flush_cache(self, request: Request) -> Response:
         """Flush the base's cache and every module's (under /m/<model>/ that one's); forget prefixes and sessions."""
         module = self._path_module(request)
         concerned = [
             *self.pool.prefill,
-            *(w for w in self.pool if w.model is not None and module in (None, *w.modules)),
+            *(w for w in self.pool if w.role is Role.DECODE and module in (None, *w.modules)),
         ]
         workers = [worker for worker in concerned if worker.is_reachable]
         answers = await self._ask_all(workers, "POST", "/flush_cache", request)
@@ -271,7 +332,7 @@ class Router:
             if worker.is_ready:
                 status, content_type, body = await self._ask(worker, "GET", path, request)
                 return Response(body, status_code=status, headers={"content-type": content_type})
-        names = ", ".join(f"{worker.url} is {worker.verdict.status}" for worker in workers)
+        names = ", ".join(f"{worker.url} is {worker.status}" for worker in workers) or "there is none"
         raise HTTPException(503, f"No worker can answer {path}: {names}.")
 
     async def _ask_all(self, workers: list[Worker], method: str, path: str, request: Request) -> list[tuple[int, Any]]:
@@ -309,8 +370,8 @@ class Router:
         return None if name is None else self._named_module(name)
 
     def _named_module(self, name: str) -> str:
-        if name not in self.config.decode:
-            known = ", ".join(self.config.decode)
+        if name not in self.pool.modules:
+            known = ", ".join(self.pool.modules) or "none yet"
             raise HTTPException(404, f"The model {name!r} is not served here. The decode modules are: {known}.")
         return name
 
@@ -357,6 +418,9 @@ def create_app(config: RouterConfig, *, router: Router | None = None) -> Starlet
             Route("/calls", router.recent_calls),
             Route("/metrics", router.expose_metrics),
             *router.board.routes(),
+            Route("/livez", router.live),
+            Route("/readyz", router.ready),
+            *Admin(router).routes(),
             *routes("/m/{model:path}"),
         ],
         exception_handlers={HTTPException: _http_error},
@@ -366,9 +430,19 @@ def create_app(config: RouterConfig, *, router: Router | None = None) -> Starlet
     return app
 
 
+_KINDS: Final = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    502: "worker_error",
+    503: "worker_error",
+}
+
+
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    kind = {404: "not_found_error", 503: "worker_error"}.get(error.status_code, "invalid_request_error")
+    kind = _KINDS.get(error.status_code, "invalid_request_error")
     message = error.detail
     if error.status_code == 404 and message == "Not Found":
         message = f"The router has no {request.url.path}."

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Final
-from urllib.parse import urlsplit
 
 from sglang_prefillshare.errors import ConfigError
-
-_CONTROL: Final = re.compile(r"[\x00-\x20\x7f?#%]")
+from sglang_prefillshare.protocol import Role
+from sglang_prefillshare.routing.membership import (
+    MODULE_NAME_RULE,
+    Member,
+    SourceSpec,
+    checked_url,
+    is_module_name,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,14 +117,18 @@ class RouterConfig:
 
     `prefill` are the base workers' URLs, `decode` maps each decode module's served name to its workers' URLs; both
     are normalised (no trailing slash) and frozen here. Several modules may name one worker: it serves them as adapters.
-    Raises `ConfigError` for what cannot work.
+    `sources` name more workers, which say themselves what they are; with them, or with an `admin_api_key`, under which
+    workers can be added later, both may be empty. Raises `ConfigError` for what cannot work.
     """
 
-    prefill: Sequence[str]
-    decode: Mapping[str, Sequence[str]]
+    prefill: Sequence[str] = ()
+    decode: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    sources: Sequence[SourceSpec] = ()
     host: str = "127.0.0.1"
     port: int = 8000
     worker_api_key: str | None = field(default=None, repr=False)
+    admin_api_key: str | None = field(default=None, repr=False)
+    """What those who change workers and modules must show; without one nobody can."""
 
     connect_timeout_s: float = 2.0
     poll_interval_s: float = 1.0
@@ -135,6 +142,10 @@ class RouterConfig:
     server outlives its scheduler by up to a second, and the polls need one more to notice."""
     abort_timeout_s: float = 2.0
     admin_timeout_s: float = 60.0
+    drain_deadline_s: float = 120.0
+    """How long requests may still take on a worker, or for a module, that leaves."""
+    resolve_interval_s: float = 5.0
+    """Between two looks at a `dns` source. A `file` source is looked at every `poll_interval_s`."""
     stop_grace_s: float = 5.0
     """After SIGTERM or SIGINT, how long calls in flight may take to finish by themselves."""
 
@@ -155,33 +166,38 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if isinstance(self.prefill, str):
             raise ConfigError(f"prefill is the string {self.prefill!r}, wanted a list of URLs.")
-        prefill = tuple(_checked_url(url, "prefill") for url in self.prefill)
-        if not prefill:
+        prefill = tuple(checked_url(url, "prefill") for url in self.prefill)
+        is_open = bool(self.sources) or self.admin_api_key is not None
+        if not prefill and not is_open:
             raise ConfigError("No prefill worker is configured. Name at least one URL of a base worker.")
         decode: dict[str, tuple[str, ...]] = {}
         for name, urls in self.decode.items():
-            if not name or name != name.strip() or _CONTROL.search(name):
-                raise ConfigError(
-                    f"{name!r} cannot name a decode module: it stands in URL paths (/m/<model>/...). "
-                    "Use the served model name, without blanks, '?', '#' or '%'."
-                )
+            if not is_module_name(name):
+                raise ConfigError(f"{name!r} cannot name a decode module: {MODULE_NAME_RULE}")
             if isinstance(urls, str):
                 raise ConfigError(f"decode module {name!r} has the string {urls!r}, wanted a list of URLs.")
-            decode[name] = tuple(_checked_url(url, f"decode module {name!r}") for url in urls)
+            decode[name] = tuple(checked_url(url, f"decode module {name!r}") for url in urls)
             if not decode[name]:
                 raise ConfigError(f"decode module {name!r} has no worker. Name at least one URL, or remove it.")
-        if not decode:
+        if not decode and not is_open:
             raise ConfigError("No decode module is configured. Name at least one, with the URL of its worker.")
+        twice = next((source for source in self.sources if list(self.sources).count(source) > 1), None)
+        if twice is not None:
+            raise ConfigError(f"the source {twice} is given twice. Keep one.")
+        if self.admin_api_key is not None and (not self.admin_api_key or not self.admin_api_key.isascii()):
+            raise ConfigError("the admin API key is empty or not ASCII, wanted a secret that fits into a header.")
         _refuse_shared_urls(prefill, decode)
 
         object.__setattr__(self, "prefill", prefill)
         object.__setattr__(self, "decode", MappingProxyType(decode))
+        object.__setattr__(self, "sources", tuple(self.sources))
 
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}, wanted 0 to 65535.")
         for name in (
             *("connect_timeout_s", "poll_interval_s", "poll_timeout_s", "request_timeout_s"),
             *("drain_timeout_s", "loss_wait_s", "abort_timeout_s", "admin_timeout_s", "session_live_s"),
+            *("drain_deadline_s", "resolve_interval_s"),
         ):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name} is {getattr(self, name)}, wanted a positive number of seconds.")
@@ -196,18 +212,17 @@ class RouterConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is {getattr(self, name)}, wanted 1 or more.")
 
-
-def _checked_url(url: str, owner: str) -> str:
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # raises for a port that is no number or out of range
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(f"{owner}: {url!r} is not a URL ({error}). Write it as http://host:port.") from error
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"{owner}: {url!r} is not the URL of a worker. Write it as http://host:port.")
-    if parts.query or parts.fragment or parts.username is not None:
-        raise ConfigError(f"{owner}: {url!r} has a query, fragment or user name. Write it as http://host:port.")
-    return url.rstrip("/")
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The workers that are named here, each once."""
+        modules: dict[str, list[str]] = {}
+        for name, urls in self.decode.items():
+            for url in urls:
+                modules.setdefault(url, []).append(name)
+        return (
+            *(Member(url, Role.PREFILL) for url in self.prefill),
+            *(Member(url, Role.DECODE, tuple(names)) for url, names in modules.items()),
+        )
 
 
 def _refuse_shared_urls(prefill: tuple[str, ...], decode: Mapping[str, tuple[str, ...]]) -> None:

@@ -149,7 +149,8 @@ class Dispatcher:
         try:
             async with asyncio.timeout(self._config.request_timeout_s) as deadline:
                 job = await self._accept(call, headers, receive, path_module, deadline)
-                with self._metrics.inflight.labels(job.request.module).track_inprogress():
+                module = job.request.module
+                with self._pool.under_way.one(module), self._metrics.inflight.labels(module).track_inprogress():
                     return await self._run_attempts(call, job, receive)
         except TimeoutError:
             message = f"The request took longer than {self._config.request_timeout_s:g} s."
@@ -186,7 +187,7 @@ class Dispatcher:
             call.endpoint,
             raw,
             headers=by_name,
-            modules=self._config.decode,
+            modules=self._pool.modules,
             path_module=path_module,
             limits_of=self._pool.limits,
         )
@@ -279,8 +280,16 @@ class Dispatcher:
     # -- for the app
 
     def forget_sessions(self, workers: Collection[str]) -> None:
-        """After a flush: a session's next call is placed as if it were its first."""
+        """Of workers that are gone, or were flushed: a session's next call is placed as if it were its first."""
         self._placer.forget_sessions(workers)
+
+    def forget_module(self, module: str) -> None:
+        """A module is gone, and with it where its sessions were."""
+        self._placer.forget_module(module)
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._placer.is_stopping
 
     def stop(self) -> None:
         """Refuse new requests and end those in flight with 503."""

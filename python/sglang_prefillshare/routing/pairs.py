@@ -28,7 +28,8 @@ from sglang_prefillshare.routing.attempt import Accounting
 from sglang_prefillshare.routing.config import RouterConfig
 from sglang_prefillshare.routing.legs import Legs
 from sglang_prefillshare.routing.request import ClientRequest, Pairing
-from sglang_prefillshare.routing.workers import Status, Verdict, Worker, WorkerPool
+from sglang_prefillshare.routing.verdicts import Bases, Judgement, Status, Verdict
+from sglang_prefillshare.routing.workers import Worker, WorkerPool
 
 STOCK_BOUNDARY: Final = "model:x1..xn,y1;model:y2.."
 """What stock disaggregation does: prefill computes the whole prompt and samples the first token."""
@@ -61,8 +62,8 @@ class PairPool(WorkerPool):
     def prefill_workers(self, module: str) -> Sequence[Worker]:
         return [worker for worker in self.prefill if worker.model == module]
 
-    def verdicts(self) -> dict[str, Verdict]:
-        return {worker.url: _verdict(worker) for worker in self}
+    def judgement(self) -> Judgement:
+        return Judgement(Bases(), {worker.url: _verdict(worker) for worker in self})
 
     async def poll(self, worker: Worker, session: aiohttp.ClientSession) -> None:
         """Read the whole description once; afterwards only see that the worker answers, as cheaply as with roles."""

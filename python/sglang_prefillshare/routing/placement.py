@@ -84,8 +84,8 @@ class Placer:
         self._index = index
         self._metrics = metrics
         self._block_tokens = max(1, config.prefix_block_bytes // BYTES_PER_TOKEN)
-        self._prefill_sessions = self._new_sessions()
-        self._decode_sessions = {name: self._new_sessions() for name in config.decode}
+        self._sessions: dict[tuple[Role, str | None], SessionMap] = {}
+        """Of prefill by base, of decode by module."""
         self._turns: Counter[Role] = Counter()
         self.is_stopping = False
 
@@ -191,19 +191,25 @@ class Placer:
         return best
 
     def can_replace_prefill(self, worker: Worker) -> bool:
-        """Whether a request could be prefilled by another worker than this one."""
+        """Whether a request could be prefilled by another worker than this one, of its base."""
         return not self.is_stopping and any(
-            other.is_ready and other is not worker and not other.breaker.is_shut for other in self._pool.prefill
+            other.is_ready and other is not worker and other.base == worker.base and not other.breaker.is_shut
+            for other in self._pool.prefill
         )
 
     def is_new_session(self, request: ClientRequest) -> bool:
         """Whether no call of its session was placed before; of a request without one, that too."""
-        return self._prefill_sessions.worker_of(request.session_key) is None
+        return self._sessions_of(Role.PREFILL, request.module).worker_of(request.session_key) is None
 
     def forget_sessions(self, workers: Collection[str]) -> None:
-        """After a flush: a session's next call is placed as if it were its first."""
-        for sessions in (self._prefill_sessions, *self._decode_sessions.values()):
+        """Of workers that are gone, or were flushed: a session's next call is placed as if it were its first."""
+        for sessions in self._sessions.values():
             sessions.forget(workers)
+        self._sessions = {key: sessions for key, sessions in self._sessions.items() if sessions}
+
+    def forget_module(self, module: str) -> None:
+        """A module is gone, and with it where its sessions were."""
+        self._sessions.pop((Role.DECODE, module), None)
 
     def _raise_if_missing(self, module: str) -> None:
         missing = ["the router is stopping"] if self.is_stopping else self._pool.missing([module])
@@ -220,7 +226,7 @@ class Placer:
         if role is Role.PREFILL:
             ready = [worker for worker in self._pool.prefill_workers(module) if worker.is_ready]
         else:
-            ready = [worker for worker in self._pool.decode[module] if worker.is_ready_for(module)]
+            ready = [worker for worker in self._pool.decode.get(module, ()) if worker.is_ready_for(module)]
         others = [worker for worker in ready if worker not in without]
         found = [worker for worker in others if not worker.breaker.is_avoided]
         found = found or [worker for worker in others if not worker.breaker.is_shut]
@@ -235,17 +241,17 @@ class Placer:
     def _prefill_snapshots(
         self, request: ClientRequest, chains: Chains, among: Collection[Worker]
     ) -> list[PrefillSnapshot]:
-        counts = self._counts_for(request, self._prefill_sessions)
+        counts = self._counts_for(request, self._sessions_of(Role.PREFILL, request.module))
         return self._pool.prefill_snapshots(request.module, chains, among=among, session_counts=counts)
 
     def _decode_snapshots(
         self, request: ClientRequest, chains: Chains, among: Collection[Worker]
     ) -> list[DecodeSnapshot]:
-        counts = self._counts_for(request, self._decode_sessions[request.module])
+        counts = self._counts_for(request, self._sessions_of(Role.DECODE, request.module))
         return self._pool.decode_snapshots(request.module, chains, among=among, session_counts=counts)
 
     def _pick_prefill(self, request: ClientRequest, snapshots: Sequence[PrefillSnapshot]) -> Decision:
-        sessions = self._prefill_sessions
+        sessions = self._sessions_of(Role.PREFILL, request.module)
         return pick_prefill(
             snapshots,
             session_worker=sessions.worker_of(request.session_key),
@@ -255,7 +261,7 @@ class Placer:
         )
 
     def _pick_decode(self, request: ClientRequest, snapshots: Sequence[DecodeSnapshot]) -> Decision:
-        sessions = self._decode_sessions[request.module]
+        sessions = self._sessions_of(Role.DECODE, request.module)
         return pick_decode(
             snapshots,
             session_worker=sessions.worker_of(request.session_key),
@@ -271,7 +277,7 @@ class Placer:
 
     def _noted(self, role: Role, decision: Decision, request: ClientRequest, chains: Chains) -> Choice:
         """Before the KV is there: the session's next request may come before this one is prefilled."""
-        sessions = self._prefill_sessions if role is Role.PREFILL else self._decode_sessions[request.module]
+        sessions = self._sessions_of(role, request.module)
         self._metrics.decisions.labels(role, decision.reason).inc()
         self._turns[role] += 1
         for chain in chains:
@@ -290,8 +296,13 @@ class Placer:
             own += sum(max(answer, reserved) for answer in answers)
         return Hold(chains, own)
 
-    def _new_sessions(self) -> SessionMap:
-        return SessionMap(capacity=self._config.session_capacity, live_s=self._config.session_live_s)
+    def _sessions_of(self, role: Role, module: str) -> SessionMap:
+        group = (role, self._pool.base_of(module) if role is Role.PREFILL else module)
+        found = self._sessions.get(group)
+        if found is None:
+            found = SessionMap(capacity=self._config.session_capacity, live_s=self._config.session_live_s)
+            self._sessions[group] = found
+        return found
 
 
 def _begun(request: ClientRequest, prefill: Choice, decode: Choice, *, holds: Mapping[str, Hold]) -> Placed:

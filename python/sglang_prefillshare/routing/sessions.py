@@ -20,6 +20,9 @@ class SessionMap:
         self._now = now
         self._workers: OrderedDict[str, tuple[str, float]] = OrderedDict()  # and when; in the order of that
 
+    def __len__(self) -> int:
+        return len(self._workers)
+
     def worker_of(self, session_key: str | None) -> str | None:
         found = None if session_key is None else self._workers.get(session_key)
         return None if found is None else found[0]

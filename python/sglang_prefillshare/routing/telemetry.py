@@ -175,6 +175,14 @@ class Metrics:
         )
         self.queue_s = histogram("queue_seconds", "Wait for room, of calls that were sent off.", _QUEUE_BUCKETS_S)
 
+    def forget_workers(self) -> None:
+        """Drop what is shown of each worker, before it is set again for those that there are."""
+        for gauge in (
+            *(self.worker_ready, self.worker_metrics_missing),
+            *(self.worker_inflight, self.worker_inflight_tokens),
+        ):
+            gauge.clear()
+
     def observe(self, record: CallRecord) -> None:
         """Count one finished call."""
         self.requests.labels(record.model, record.endpoint, record.outcome).inc()

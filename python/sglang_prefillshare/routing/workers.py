@@ -1,19 +1,19 @@
-"""The workers the router may use: what they say of themselves, whether they fit, and the legs they carry.
+"""The workers the router may use, what they say of themselves, and the legs they carry.
 
-`judge` decides (pure); `WorkerPool` asks them once a poll interval and keeps the verdicts. A worker takes requests
-only while it fits: a process that comes back with another base is refused at the next poll (contract 4).
+`verdicts` decides who fits (pure); `WorkerPool` asks the members once a poll interval and keeps the verdicts. A worker
+takes requests only while it fits, and only those of its base's modules: a process that comes back with another base
+gets no more of them from the next poll on (contract 4). `roster` says who is a member.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
-from enum import StrEnum
 from http import HTTPStatus
 from types import MappingProxyType
 from typing import Any
@@ -22,119 +22,30 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from sglang_prefillshare.errors import WorkerError
-from sglang_prefillshare.protocol import BOUNDARY_RULE, WORKER_INFO_PATH, Role, WorkerInfo
+from sglang_prefillshare.protocol import WORKER_INFO_PATH, Role, WorkerInfo
 from sglang_prefillshare.request_fields import NO_LIMITS, Limits
 from sglang_prefillshare.routing.admission import Stock, foreign_tokens
 from sglang_prefillshare.routing.breaker import Breaker, Permit
 from sglang_prefillshare.routing.config import BreakerConfig, RouterConfig
 from sglang_prefillshare.routing.holdings import NOTHING, Hold, Holdings
+from sglang_prefillshare.routing.membership import Member, is_module_name
 from sglang_prefillshare.routing.policy import DecodeSnapshot, PrefillSnapshot
 from sglang_prefillshare.routing.prefix_index import BYTES_PER_TOKEN, PrefixIndex
 from sglang_prefillshare.routing.sharing import ComputeRate
+from sglang_prefillshare.routing.under_way import UnderWay
+from sglang_prefillshare.routing.verdicts import (
+    NOT_REACHED,
+    Bases,
+    Judgement,
+    Observation,
+    Status,
+    Verdict,
+    base_named,
+    judge,
+)
 from sglang_prefillshare.routing.worker_metrics import WORKER_METRICS_PATH
 
 logger = logging.getLogger(__name__)
-
-
-class Status(StrEnum):
-    """`STARTING`: never reached yet. `REFUSED`: reachable, but does not fit. `DOWN`: was reachable."""
-
-    STARTING = "starting"
-    READY = "ready"
-    REFUSED = "refused"
-    DOWN = "down"
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """What is known of one worker when it is judged; `info` is `None` while it is not reachable."""
-
-    url: str
-    role: Role
-    model: str | None
-    info: WorkerInfo | None
-    problem: str | None
-    """Why a reachable worker gave no `info`."""
-    lost: str | None
-    """Why it is not reachable (any more)."""
-    was_seen: bool
-    modules: tuple[str, ...] = ()
-    """The decode modules that it is configured for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    status: Status
-    reason: str | None
-
-
-def judge(workers: Sequence[Observation], *, incumbent: str | None) -> tuple[str | None, dict[str, Verdict]]:
-    """The reference base and a verdict for each worker by URL.
-
-    The reference is the fingerprint that most fitting prefill workers have; among equals the `incumbent` (the last
-    reference), then the one configured first. It outlives its last prefill worker, so that decode workers keep
-    their verdict while prefill restarts.
-    """
-    verdicts: dict[str, Verdict] = {}
-    prefill_infos: list[WorkerInfo] = []
-    for worker in workers:
-        misfit = _own_misfit(worker)
-        if misfit is not None:
-            verdicts[worker.url] = misfit
-        elif worker.role is Role.PREFILL:
-            assert worker.info is not None
-            prefill_infos.append(worker.info)
-
-    votes = Counter(info.base_fingerprint for info in prefill_infos)
-    reference = incumbent
-    if votes:
-        most = max(votes.values())
-        leaders = [fingerprint for fingerprint, count in votes.items() if count == most]
-        reference = incumbent if incumbent in leaders else leaders[0]
-    pool = [info for info in prefill_infos if info.base_fingerprint == reference]
-
-    for worker in workers:
-        if worker.url not in verdicts:
-            assert worker.info is not None
-            verdicts[worker.url] = _base_verdict(worker.info, reference=reference, pool=pool)
-    return reference, verdicts
-
-
-def _own_misfit(worker: Observation) -> Verdict | None:
-    if worker.lost is not None or (worker.info is None and worker.problem is None):
-        return Verdict(Status.DOWN if worker.was_seen else Status.STARTING, worker.lost or "not reached yet")
-    if worker.info is None:
-        return Verdict(Status.REFUSED, worker.problem)
-    info = worker.info
-    if info.handoff_failure is not None:
-        return Verdict(Status.REFUSED, f"it can hand no KV over: {info.handoff_failure}")
-    if not isinstance(info.base_fingerprint, str):
-        return Verdict(Status.REFUSED, f"its base_fingerprint is {info.base_fingerprint!r}, wanted a string")
-    if info.role is not worker.role:
-        return Verdict(Status.REFUSED, f"its role is {info.role}, and it is configured as {worker.role}")
-    if info.boundary != BOUNDARY_RULE:
-        return Verdict(
-            Status.REFUSED,
-            f"its prompt boundary is {info.boundary!r}, and this router's is {BOUNDARY_RULE!r}: "
-            "run the same sglang-prefillshare version everywhere",
-        )
-    if worker.role is Role.PREFILL and not isinstance(info.bootstrap_port, int):
-        return Verdict(Status.REFUSED, f"its bootstrap_port is {info.bootstrap_port!r}, and decode needs a port")
-    if worker.role is Role.DECODE and info.modules is not None:
-        if not set(worker.modules) & set(info.modules):
-            return Verdict(
-                Status.REFUSED,
-                f"it serves the modules {', '.join(info.modules) or '(none)'}, and it is configured for "
-                f"{', '.join(worker.modules)}: start it with --lora-paths of that name, or correct the router's "
-                "configuration",
-            )
-    elif worker.role is Role.DECODE and info.model != worker.model:
-        return Verdict(
-            Status.REFUSED,
-            f"it serves the model {info.model!r}, and it is configured for {worker.model!r}: "
-            "start it with that --served-model-name, or correct the router's configuration",
-        )
-    return None
 
 
 def _largest(values: Sequence[int | None]) -> int | None:
@@ -146,42 +57,6 @@ def _largest(values: Sequence[int | None]) -> int | None:
 def _least(values: Sequence[int | None]) -> int | None:
     known = [value for value in values if value is not None]
     return min(known, default=None)
-
-
-def _base_verdict(info: WorkerInfo, *, reference: str | None, pool: Sequence[WorkerInfo]) -> Verdict:
-    """`pool`: the prefill workers of the reference base. Each of them must be able to serve every decode worker."""
-    if reference is None:
-        return Verdict(Status.STARTING, "no prefill worker has named its base yet")
-    if info.base_fingerprint != reference:
-        what = "prefills for" if info.role is Role.PREFILL else "reads the KV of"
-        return Verdict(
-            Status.REFUSED,
-            f"it {what} the base {info.base_fingerprint}, and the prefill pool holds {reference}: "
-            "start it with the same base",
-        )
-    if pool and info.transfer_backend != pool[0].transfer_backend:
-        return Verdict(
-            Status.REFUSED,
-            f"its transfer backend is {info.transfer_backend!r}, and the prefill pool's is "
-            f"{pool[0].transfer_backend!r}",
-        )
-    if pool and info.pool_space != pool[0].pool_space:
-        return Verdict(
-            Status.REFUSED,
-            f"it is on another host than the prefill pool, or in a container of its own ({info.pool_space}, and the "
-            f"pool is in {pool[0].pool_space}): give the containers one PID namespace and, with GPUs, one IPC "
-            "namespace (--pid host --ipc host), or start all workers with --disaggregation-transfer-backend nixl",
-        )
-    reach = info.gpus_in_reach if info.role is Role.DECODE and isinstance(info.gpus_in_reach, dict) else {}
-    for prefill in pool:
-        if prefill.gpu is not None and reach.get(prefill.gpu) is False:
-            return Verdict(
-                Status.REFUSED,
-                f"its GPU {info.gpu} cannot read from GPU {prefill.gpu} of a prefill worker, they are no peers "
-                "(nvidia-smi topo -p2p r): start both on one GPU or on peers, or start all workers with "
-                "--disaggregation-transfer-backend nixl",
-            )
-    return Verdict(Status.READY, None)
 
 
 class Leg:
@@ -213,13 +88,14 @@ def _ignore() -> None:
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One configured worker: its last description, verdict, and load.
+    """One member: its last description, verdict, and load.
 
-    `model` is `None` for prefill; on decode it is its module's name, or the names of all.
+    `role` is what it is configured as, or what it says that it is; `None` until it said so. `model` is `None` for
+    prefill; on decode it is its module's name, or the names of all.
     """
 
     url: str
-    role: Role
+    role: Role | None
     model: str | None
     info: WorkerInfo | None = None
     problem: str | None = None
@@ -228,11 +104,11 @@ class Worker:
     misses: int = 0
     is_silent: asyncio.Event = field(default_factory=asyncio.Event)
     """Set from the first failed attempt to reach it to the next successful poll: long before it counts as down."""
-    verdict: Verdict = Verdict(Status.STARTING, "not reached yet")
+    verdict: Verdict = NOT_REACHED
     legs: set[Leg] = field(default_factory=set)
     inflight_tokens: int = 0
     modules: tuple[str, ...] = ()
-    """The decode modules that it is configured for."""
+    """The decode modules that it is configured for, or that it says it serves."""
     holdings: Holdings = field(default_factory=lambda: Holdings(block_tokens=1))
     """What `legs` hold there."""
     foreign_tokens: int = 0
@@ -245,14 +121,48 @@ class Worker:
     breaker: Breaker = field(default_factory=lambda: Breaker(BreakerConfig()))
     on_change: Callable[[], None] = _ignore
     """Called when it may have more room than before."""
+    is_configured: bool = True
+    """Role and modules are the configuration's, and it must keep to them."""
+    strange_modules: frozenset[str] = frozenset()
+    """Those that it serves for another base than the one they are bound to."""
+    is_leaving: bool = False
+    is_drained: bool = False
+    """An administrator keeps new requests away from it."""
+    has_no_leg: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.has_no_leg.set()
+
+    @property
+    def is_draining(self) -> bool:
+        return self.is_leaving or self.is_drained
 
     @property
     def is_ready(self) -> bool:
-        return self.verdict.status is Status.READY
+        """It fits, and takes new requests."""
+        return self.verdict.status is Status.READY and not self.is_draining
 
     def is_ready_for(self, module: str) -> bool:
-        """A decode worker with adapters may be without one of them."""
-        return self.is_ready and (self.adapters is None or module in self.adapters)
+        """A decode worker with adapters may be without one of them, or have it for another base."""
+        if not self.is_ready or module in self.strange_modules:
+            return False
+        return self.adapters is None or module in self.adapters
+
+    @property
+    def status(self) -> Status:
+        is_ready = self.verdict.status is Status.READY
+        return Status.DRAINING if is_ready and self.is_draining else self.verdict.status
+
+    @property
+    def reason(self) -> str | None:
+        if self.status is Status.DRAINING:
+            return "it leaves" if self.is_leaving else "an administrator keeps new requests away from it"
+        return self.verdict.reason
+
+    @property
+    def base(self) -> str | None:
+        """The base whose KV it writes or reads, by its last word."""
+        return base_named(self.info)
 
     @property
     def adapters(self) -> Sequence[str] | None:
@@ -266,7 +176,9 @@ class Worker:
 
     @property
     def label(self) -> str:
-        return f"prefill worker {self.url}" if self.role is Role.PREFILL else f"worker {self.url} of {self.model!r}"
+        if self.role is Role.PREFILL:
+            return f"prefill worker {self.url}"
+        return f"worker {self.url}" if self.model is None else f"worker {self.url} of {self.model!r}"
 
     @property
     def served_model(self) -> str | None:
@@ -284,6 +196,7 @@ class Worker:
     def begin(self, leg: Leg) -> None:
         self.legs.add(leg)
         self.inflight_tokens += leg.tokens
+        self.has_no_leg.clear()
         self.holdings.take(leg.hold)
         leg.permit = self.breaker.permit()
         leg.began_s = time.monotonic()
@@ -299,9 +212,12 @@ class Worker:
             if leg.ended is not None:
                 leg.ended.set()
             self.on_change()
+        if not self.legs:
+            self.has_no_leg.set()
 
     def stock(self, now_s: float) -> Stock:
-        """How full it is, for admission."""
+        """How full it is, for admission. Only for one that said what it is."""
+        assert self.role is not None
         return Stock(
             self.role,
             self.info.room if self.info is not None else None,
@@ -312,16 +228,34 @@ class Worker:
             is_full=now_s < self.full_until_s,
         )
 
+    def fail_legs(self, reason: str) -> None:
+        for leg in list(self.legs):
+            leg.fail(reason)
+
+    def told(self, info: WorkerInfo | None) -> bool:
+        """Note what it says of itself; whether that changes what it is there for."""
+        self.info = info
+        if self.is_configured or info is None:
+            return False
+        before = (self.role, self.model, self.modules)
+        names = [info.model] if info.modules is None else info.modules
+        names = [] if info.role is Role.PREFILL else names
+        self.role = info.role
+        self.modules = tuple(name for name in names if is_module_name(name))
+        self.model = None if info.role is Role.PREFILL else ", ".join(self.modules)
+        return before != (self.role, self.model, self.modules)
+
     def observation(self) -> Observation:
         return Observation(
             url=self.url,
-            role=self.role,
+            role=self.role if self.is_configured else None,
             model=self.model,
             modules=self.modules,
             info=self.info,
             problem=self.problem,
             lost=self.lost,
             was_seen=self.was_seen,
+            is_draining=self.is_draining,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -329,8 +263,11 @@ class Worker:
             "url": self.url,
             "role": self.role,
             "model": self.served_model,
-            "status": self.verdict.status,
-            "reason": self.verdict.reason,
+            "modules": list(self.modules),
+            "base_fingerprint": self.base,
+            "status": self.status,
+            "reason": self.reason,
+            "is_configured": self.is_configured,
             "inflight_requests": len(self.legs),
             "inflight_prefill_tokens": self.inflight_tokens if self.role is Role.PREFILL else None,
             "missed_polls": self.misses,
@@ -347,7 +284,7 @@ class Worker:
 
 
 class WorkerPool:
-    """Every configured worker with its current verdict.
+    """Every member with its current verdict: the prefill workers, and the decode workers of each module.
 
     Polls keep the verdicts fresh. When a worker goes down, the legs on it are failed, and what the prefix index knew of
     it is forgotten.
@@ -356,52 +293,119 @@ class WorkerPool:
     def __init__(self, config: RouterConfig, *, index: PrefixIndex) -> None:
         self._config = config
         self._index = index
-        self.reference: str | None = None
+        self._workers: dict[str, Worker] = {}
+        self._block_tokens = max(1, config.prefix_block_bytes // BYTES_PER_TOKEN)
         self.on_change: Callable[[], None] = _ignore
         """Called when a worker may take more than before: a leg ended, or a poll told something."""
-        self._block_tokens = max(1, config.prefix_block_bytes // BYTES_PER_TOKEN)
-        self.prefill = [self._worker(url, Role.PREFILL, None) for url in config.prefill]
-        named: dict[str, list[str]] = {}
-        for name, urls in config.decode.items():
-            for url in urls:
-                named.setdefault(url, []).append(name)
-        decode = {
-            url: self._worker(url, Role.DECODE, ", ".join(names), modules=tuple(names)) for url, names in named.items()
-        }
-        self.decode: Mapping[str, list[Worker]] = {
-            name: [decode[url] for url in urls] for name, urls in config.decode.items()
-        }
-        self._decode = tuple(decode.values())
-        self._by_url = {worker.url: worker for worker in self}
-
-    def _worker(self, url: str, role: Role, model: str | None, modules: tuple[str, ...] = ()) -> Worker:
-        holdings = Holdings(block_tokens=self._block_tokens)
-        return Worker(
-            url,
-            role,
-            model,
-            modules=modules,
-            holdings=holdings,
-            breaker=Breaker(self._config.breaker),
-            on_change=lambda: self.on_change(),
-        )
+        self.bases = Bases()
+        self.under_way = UnderWay()
+        self.withdrawn: set[str] = set()
+        """Modules that an administrator took away: whoever serves them, no new request gets there."""
+        self.prefill: list[Worker] = []
+        self.decode: dict[str, list[Worker]] = {}
+        for member in config.members:
+            self._add(member)
+        self._arrange()
 
     def __iter__(self) -> Iterator[Worker]:
-        yield from self.prefill
-        yield from self._decode
+        ranks = {Role.PREFILL: 0, Role.DECODE: 1}
+        return iter(sorted(self._workers.values(), key=lambda w: 2 if w.role is None else ranks.get(w.role, 2)))
+
+    def __contains__(self, url: str) -> bool:
+        return url in self._workers
 
     def __getitem__(self, url: str) -> Worker:
-        return self._by_url[url]
+        return self._workers[url]
+
+    @property
+    def urls(self) -> list[str]:
+        """Of all members, in the order in which they came."""
+        return list(self._workers)
 
     @property
     def leg_count(self) -> int:
         return sum(len(worker.legs) for worker in self)
 
+    @property
+    def modules(self) -> list[str]:
+        """The decode modules that requests may ask for: those of the configuration, then those that members name."""
+        return [name for name in self.decode if name not in self.withdrawn]
+
+    @property
+    def reference(self) -> str | None:
+        """The base that was seen first."""
+        return next(iter(self.bases.known), None)
+
+    def base_of(self, module: str) -> str | None:
+        """The base that `module` is bound to; `None` until one of its workers named it."""
+        return self.bases.of_module.get(module)
+
+    # -- members
+
+    def join(self, member: Member) -> Worker:
+        """A new member. It takes requests once it was polled and fits."""
+        worker = self._add(member)
+        self._arrange()
+        return worker
+
+    def forget(self, worker: Worker) -> None:
+        """A member is gone, and with it what the prefix index knew of it."""
+        del self._workers[worker.url]
+        self._index.drop(worker.url)
+        self._arrange()
+        self.judge_all()
+
+    def add_module(self, module: str, workers: Sequence[Worker]) -> None:
+        """These workers were given an adapter."""
+        for worker in workers:
+            if worker.is_configured and module not in worker.modules:
+                worker.modules += (module,)
+        self.withdrawn.discard(module)
+        self._arrange()
+        self.judge_all()
+
+    def drop_module(self, module: str) -> None:
+        """Its workers unloaded it. One that the configuration names stays there, without being served."""
+        for worker in self:
+            if worker.is_configured and module not in self._config.decode:
+                worker.modules = tuple(name for name in worker.modules if name != module)
+        self._arrange()
+        self.judge_all()
+
+    def _add(self, member: Member) -> Worker:
+        assert member.url not in self._workers
+        model = ", ".join(member.modules) if member.role is Role.DECODE else None
+        worker = Worker(
+            member.url,
+            member.role,
+            model,
+            modules=member.modules,
+            is_configured=member.role is not None,
+            holdings=Holdings(block_tokens=self._block_tokens),
+            breaker=Breaker(self._config.breaker),
+            on_change=lambda: self.on_change(),
+        )
+        self._workers[member.url] = worker
+        return worker
+
+    def _arrange(self) -> None:
+        """By role and module, in the configuration's order and then in that in which they came."""
+        self.prefill = [worker for worker in self if worker.role is Role.PREFILL]
+        decode: dict[str, list[Worker]] = {name: [] for name in self._config.decode}
+        for name, urls in self._config.decode.items():
+            decode[name] += [self._workers[url] for url in urls if url in self._workers]
+        for worker in self:
+            for name in worker.modules:
+                if worker not in decode.setdefault(name, []):
+                    decode[name].append(worker)
+        self.decode = decode
+
     # -- snapshots for the policy
 
     def prefill_workers(self, module: str) -> Sequence[Worker]:
-        """Those that can prefill for `module`: all, since the base's KV is every module's."""
-        return self.prefill
+        """Those of the module's base, and those that have not said yet which they hold."""
+        base = self.base_of(module)
+        return [worker for worker in self.prefill if base is None or worker.base in (None, base)]
 
     def prefill_snapshots(
         self,
@@ -437,14 +441,15 @@ class WorkerPool:
             DecodeSnapshot(
                 worker.url, len(worker.legs), self._matched_tokens(worker, chains), session_counts.get(worker.url, 0)
             )
-            for worker in self.decode[module]
+            for worker in self.decode.get(module, ())
             if worker.is_ready_for(module) and (among is None or worker in among)
         ]
 
     def limits(self, module: str) -> Limits:
         """What a request for `module` may index and hold, by what its ready workers say."""
-        sides = (self.prefill_workers(module), self.decode[module])
-        infos = [[worker.info for worker in side if worker.is_ready and worker.info is not None] for side in sides]
+        prefill = [worker for worker in self.prefill_workers(module) if worker.is_ready]
+        decode = [worker for worker in self.decode.get(module, ()) if worker.is_ready_for(module)]
+        infos = [[worker.info for worker in side if worker.info is not None] for side in (prefill, decode)]
         if not all(infos):
             return NO_LIMITS
         return Limits(
@@ -458,15 +463,24 @@ class WorkerPool:
 
     def missing(self, modules: Sequence[str] | None = None) -> list[str]:
         """What keeps requests for `modules` (default: all) from being served, in words; empty if nothing."""
+        names = modules if modules is not None else self.modules
+        if not names:
+            return ["no decode module is known: no worker has named one yet"]
         lines: list[str] = []
-        for name in modules if modules is not None else self.decode:
-            prefill, workers = self.prefill_workers(name), self.decode[name]
-            if not any(worker.is_ready for worker in prefill):
-                line = f"no prefill worker is ready: {_reasons(prefill)}"
+        for name in names:
+            prefill, workers, base = self.prefill_workers(name), self.decode.get(name, []), self.base_of(name)
+            has_prefill = any(worker.is_ready for worker in prefill)
+            if not has_prefill and (base is None or base in self.bases.known or not self.bases.known):
+                of = f" of the base {base}" if len(self.bases.known) > 1 else ""
+                line = f"no prefill worker{of} is ready: {_reasons(prefill)}"
                 lines += [line] if line not in lines else []
             if not any(worker.is_ready_for(name) for worker in workers):
-                lines.append(f"no worker of the decode module {name!r} is ready: {_reasons(workers)}")
+                lines.append(f"no worker of the decode module {name!r} is ready: {_reasons(workers, name)}")
         return lines
+
+    def served_modules(self) -> list[str]:
+        """Those that a request could be sent to now."""
+        return [name for name in self.modules if not self.missing([name])]
 
     # -- polling
 
@@ -497,19 +511,25 @@ class WorkerPool:
 
     def seen(self, worker: Worker, info: WorkerInfo | None, problem: str | None) -> None:
         """Note what a worker that was reached says of itself, or why it cannot be used, and judge all anew."""
-        if worker.was_seen and (worker.lost is not None or info != worker.info):
+        if worker.was_seen and (worker.lost is not None or _has_restarted(worker.info, info)):
             # It restarted, or its weights changed: whatever KV it held is gone.
             self._index.drop(worker.url)
-            if info != worker.info or worker.misses >= self._config.poll_misses_until_down:
+            if _has_restarted(worker.info, info) or worker.misses >= self._config.poll_misses_until_down:
                 worker.breaker.reset()
-        worker.info, worker.problem, worker.lost = info, problem, None
+        is_known = worker.was_seen and worker.lost is None and (info, problem) == (worker.info, worker.problem)
+        if worker.told(info):
+            self._arrange()
+        worker.problem, worker.lost = problem, None
         foreign = foreign_tokens(info.room if info is not None else None, held_tokens=worker.holdings.tokens)
         # Twice in a row: of a request that has just ended, a worker's word may still count what it held.
         worker.foreign_tokens, worker.foreign_seen = min(foreign, worker.foreign_seen), foreign
         worker.was_seen = True
         worker.misses = 0
         worker.is_silent.clear()
-        self._judge_all()
+        if is_known:
+            self.on_change()
+        else:
+            self.judge_all()
 
     async def metrics_page(self, worker: Worker, session: aiohttp.ClientSession) -> str | None:
         """A worker's metrics as it shows them (Prometheus text); `None` if it shows none."""
@@ -539,7 +559,7 @@ class WorkerPool:
         """
         worker.lost = "refused a connection"
         worker.is_silent.set()
-        self._judge_all()
+        self.judge_all()
 
     def missed(self, worker: Worker, why: str, *, is_refused: bool = False) -> None:
         """Note that a worker was not reached; after some misses it is down, and its legs fail. One at which nobody
@@ -548,23 +568,21 @@ class WorkerPool:
         worker.is_silent.set()
         if is_refused or worker.misses >= self._config.poll_misses_until_down or not worker.was_seen:
             worker.lost = why
-        self._judge_all()
+        self.judge_all()
         if worker.misses >= self._config.poll_misses_until_down:
-            for leg in list(worker.legs):
-                leg.fail(f"The {worker.label} went down: {why}.")
+            worker.fail_legs(f"The {worker.label} went down: {why}.")
 
-    def verdicts(self) -> dict[str, Verdict]:
-        """A verdict for each worker by URL, from what they said last; may change the reference."""
-        self.reference, verdicts = judge([worker.observation() for worker in self], incumbent=self.reference)
-        return verdicts
+    def judgement(self) -> Judgement:
+        """Of everybody, from what they said last."""
+        return judge([worker.observation() for worker in self], before=self.bases)
 
-    def _judge_all(self) -> None:
-        self._apply(self.verdicts())
-        self.on_change()
-
-    def _apply(self, verdicts: Mapping[str, Verdict]) -> None:
+    def judge_all(self) -> None:
+        """Judge all anew, after something changed of one."""
+        found = self.judgement()
+        self.bases = found.bases
         for worker in self:
-            verdict = verdicts[worker.url]
+            verdict = found.verdicts[worker.url]
+            worker.strange_modules = found.strangers.get(worker.url, frozenset())
             if verdict == worker.verdict:
                 continue
             was = worker.verdict.status
@@ -572,6 +590,14 @@ class WorkerPool:
             if verdict.status is not was:
                 level = logging.INFO if verdict.status in (Status.READY, Status.STARTING) else logging.WARNING
                 logger.log(level, "%s: %s -> %s%s", worker.label, was, verdict.status, _because(verdict.reason))
+        self.on_change()
+
+
+def _has_restarted(before: WorkerInfo | None, now: WorkerInfo | None) -> bool:
+    """Adapters that come and go leave the base's KV where it is."""
+    if before is None or now is None:
+        return before is not now
+    return dataclasses.replace(before, modules=None) != dataclasses.replace(now, modules=None)
 
 
 def _is_refused(error: Exception) -> bool:
@@ -582,5 +608,12 @@ def _because(reason: str | None) -> str:
     return f" ({reason})" if reason else ""
 
 
-def _reasons(workers: Sequence[Worker]) -> str:
-    return "; ".join(f"{worker.url} is {worker.verdict.status}{_because(worker.verdict.reason)}" for worker in workers)
+def _reasons(workers: Sequence[Worker], module: str | None = None) -> str:
+    return "; ".join(_standing(worker, module) for worker in workers) or "there is none"
+
+
+def _standing(worker: Worker, module: str | None) -> str:
+    if module is not None and worker.is_ready and worker.base is not None:
+        what = f"serves it on {worker.base}" if module in worker.strange_modules else "does not serve it"
+        return f"{worker.url} {what}"
+    return f"{worker.url} is {worker.status}{_because(worker.reason)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
@@ -110,6 +111,8 @@ class FakeWorker:
     seen: list[Seen] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     finish_reason: Any = field(default_factory=lambda: {"type": "length", "length": 1})
+    adapters_refused: str | None = None
+    adapter_calls: list[dict[str, Any]] = field(default_factory=list)
     dropped: int = 0
     counts: tuple[int, int, int] = (40, 32, 16)
     active: int = 0
@@ -131,6 +134,8 @@ class FakeWorker:
         app.router.add_get(TREE_PATH, self._tree)
         app.router.add_post("/abort_request", self._abort)
         app.router.add_post("/flush_cache", self._flush)
+        app.router.add_post("/load_lora_adapter", self._load_adapter)
+        app.router.add_post("/unload_lora_adapter", self._unload_adapter)
         app.router.add_get("/model_info", self._model_info)
         app.router.add_get("/server_info", self._server_info)
         for path in ("/generate", "/v1/completions", "/v1/chat/completions"):
@@ -193,6 +198,28 @@ class FakeWorker:
     async def _flush(self, request: web.Request) -> web.StreamResponse:
         self.flushed.append(request.query_string)
         return web.Response(text="Cache flushed.", status=400 if self.behave == "bad" else 200)
+
+    async def _load_adapter(self, request: web.Request) -> web.StreamResponse:
+        """As SGLang answers, with our checks; `adapters_refused` is what the worker says instead of taking it."""
+        body = {**(await request.json()), "key": request.headers.get("authorization")}
+        self.adapter_calls.append({"load": body})
+        names = self.info.modules or []
+        reason = self.adapters_refused
+        if body["lora_name"] in names:
+            reason = f"LoRA with name {body['lora_name']} already loaded."
+        if reason is not None:
+            return web.json_response({"success": False, "error_message": reason}, status=400)
+        self.info = dataclasses.replace(self.info, modules=[*names, body["lora_name"]])
+        return web.json_response({"success": True, "error_message": None})
+
+    async def _unload_adapter(self, request: web.Request) -> web.StreamResponse:
+        name = (await request.json())["lora_name"]
+        self.adapter_calls.append({"unload": name})
+        names = self.info.modules or []
+        if name not in names:
+            return web.json_response({"success": False, "error_message": f"there is no module {name!r}"}, status=400)
+        self.info = dataclasses.replace(self.info, modules=[known for known in names if known != name])
+        return web.json_response({"success": True, "error_message": None})
 
     async def _model_info(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"model_path": f"/models/{self.info.model}", "tokenizer_path": "/models/base"})
@@ -318,6 +345,13 @@ class System:
         async with self.http.get(self.url + path) as response:
             return Answer(response.status, response.headers, await response.read())
 
+    async def admin(self, method: str, path: str, body: Any = None, *, key: str | None = "k") -> Answer:
+        """Ask as an administrator; `key` is the one shown."""
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body)
+        async with self.http.request(method, self.url + path, data=data, headers=headers) as response:
+            return Answer(response.status, response.headers, await response.read())
+
     async def ready(self) -> None:
         await until(lambda: not self.router.pool.missing())
 
@@ -380,6 +414,7 @@ async def running_system(
     decode: dict[str, int] | None = None,
     wait: bool = True,
     longest_s: float = 30.0,
+    configured: bool = True,
     prepare: Callable[[list[FakeWorker], dict[str, list[FakeWorker]]], Awaitable[None] | None] | None = None,
     **config: Any,
 ) -> AsyncIterator[System]:
@@ -402,11 +437,10 @@ async def running_system(
         "abort_timeout_s": 0.5,
         "stop_grace_s": 0.0,
     }
-    router_config = RouterConfig(
-        prefill=[worker.url for worker in prefill_workers],
-        decode={name: [worker.url for worker in group] for name, group in decode_workers.items()},
-        **(settings | config),
-    )
+    if configured:
+        settings["prefill"] = [worker.url for worker in prefill_workers]
+        settings["decode"] = {name: [worker.url for worker in group] for name, group in decode_workers.items()}
+    router_config = RouterConfig(**(settings | config))
     app = create_app(router_config)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))

@@ -374,16 +374,49 @@ def test_a_decode_worker_of_another_base_is_refused_and_named():
     run(scenario())
 
 
-def test_a_prefill_worker_that_restarts_with_another_base_is_refused():
+def test_a_prefill_worker_that_restarts_with_another_base_prefills_for_none_of_the_firsts_modules():
     async def scenario():
         async with running_system(prefill=3) as system:
             system.prefill[0].info = dataclasses.replace(system.prefill[0].info, base_fingerprint="base-2")
-            await until(lambda: not system.router.pool.prefill[0].is_ready)
+            await until(lambda: system.router.pool.prefill[0].base == "base-2")
             for _ in range(4):
                 assert (await system.chat()).status == 200
             assert not system.prefill[0].seen
-            workers = (await system.get("/workers")).json()["workers"]
-            assert workers[0]["status"] == "refused" and "base-2" in workers[0]["reason"]
+            told = (await system.get("/workers")).json()
+            assert [worker["base_fingerprint"] for worker in told["workers"][:2]] == ["base-2", "base-1"]
+            assert told["base_fingerprint"] == "base-1"
+            assert told["bases"] == [
+                {"base_fingerprint": "base-1", "prefill_ready": 2, "modules": ["planner", "coder"]},
+                {"base_fingerprint": "base-2", "prefill_ready": 1, "modules": []},
+            ]
+
+    run(scenario())
+
+
+def test_two_bases_are_served_side_by_side():
+    """A new base comes while the old one serves: each module is prefilled by its own, and one is retried only there."""
+
+    async def scenario():
+        def other(prefill, decode):
+            for worker in (prefill[1], *decode["coder"]):
+                worker.info = dataclasses.replace(worker.info, base_fingerprint="base-2")
+
+        async with running_system(prefill=2, prepare=other) as system:
+            for _ in range(3):
+                for model in ("planner", "coder"):
+                    answer = await system.chat(model, headers={"x-smg-routing-key": "one session of both"})
+                    assert answer.status == 200
+            assert [len(worker.seen) for worker in system.workers] == [3, 3, 3, 3]
+            assert {seen.headers["x-smg-routing-key"] for seen in system.prefill[1].seen} == {"coder"}
+            assert await system.metric('decisions_total{reason="session",role="prefill"}') == 4
+            health = (await system.get("/health")).json()
+            assert [base["modules"] for base in health["bases"]] == [["planner"], ["coder"]]
+            await system.prefill[1].stop()
+            await until(lambda: "no prefill worker of the base base-2" in str(system.router.pool.missing(["coder"])))
+            refused = await system.chat("coder")
+            assert refused.status == 503 and "base-2" in refused.error
+            assert (await system.chat("planner")).status == 200
+            assert (await system.get("/readyz")).status == 200 and (await system.get("/health")).status == 503
 
     run(scenario())
 

@@ -3,7 +3,9 @@
 import pytest
 
 from sglang_prefillshare.errors import ConfigError
+from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.routing.config import PolicyConfig, RouterConfig
+from sglang_prefillshare.routing.membership import DnsSource, Member
 
 GOOD = {"prefill": ["http://h:1/"], "decode": {"planner": ["http://h:2"]}}
 
@@ -42,11 +44,29 @@ def test_urls_are_normalised_and_everything_is_frozen():
         ({"request_timeout_s": float("inf")}, "request_timeout_s"),
         ({"stop_grace_s": -1}, "stop_grace_s"),
         ({"call_log_size": 0}, "call_log_size"),
+        ({"drain_deadline_s": 0}, "drain_deadline_s"),
+        ({"admin_api_key": ""}, "admin API key is empty"),
+        ({"sources": [DnsSource("a", 1), DnsSource("a", 1)]}, "dns:a:1 is given twice"),
     ],
 )
 def test_what_cannot_work_is_named(change, says):
     with pytest.raises(ConfigError, match=says):
         RouterConfig(**(GOOD | change))
+
+
+@pytest.mark.parametrize("more", [{"sources": [DnsSource("workers", 1)]}, {"admin_api_key": "k"}])
+def test_workers_may_be_named_later(more):
+    config = RouterConfig(**more)
+    assert config.prefill == () and dict(config.decode) == {} and config.members == ()
+
+
+def test_members_are_the_workers_that_are_named_each_once():
+    config = RouterConfig(prefill=["http://p/"], decode={"planner": ["http://d"], "coder": ["http://d", "http://e"]})
+    assert config.members == (
+        Member("http://p", Role.PREFILL),
+        Member("http://d", Role.DECODE, ("planner", "coder")),
+        Member("http://e", Role.DECODE, ("coder",)),
+    )
 
 
 def test_several_modules_may_share_a_decode_worker():
@@ -64,4 +84,4 @@ def test_policy_margins_are_checked(change):
 
 
 def test_the_key_is_not_shown():
-    assert "sesame" not in repr(RouterConfig(**GOOD, worker_api_key="sesame"))
+    assert "sesame" not in repr(RouterConfig(**GOOD, worker_api_key="sesame", admin_api_key="sesame"))

@@ -10,7 +10,8 @@ from sglang_prefillshare.routing.placement import Placer, UnplacedError
 from sglang_prefillshare.routing.prefix_index import PrefixIndex
 from sglang_prefillshare.routing.request import Endpoint, parse_request
 from sglang_prefillshare.routing.telemetry import Metrics
-from sglang_prefillshare.routing.workers import Status, Verdict, WorkerPool
+from sglang_prefillshare.routing.verdicts import Status, Verdict
+from sglang_prefillshare.routing.workers import WorkerPool
 
 READY = Verdict(Status.READY, None)
 DOWN = Verdict(Status.DOWN, "does not answer")

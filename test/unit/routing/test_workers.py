@@ -1,113 +1,12 @@
-"""Which workers fit together."""
-
-from dataclasses import replace
+"""The pool: which workers serve a module, and what is said where none does."""
 
 from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.routing.config import RouterConfig
+from sglang_prefillshare.routing.membership import Member
 from sglang_prefillshare.routing.prefix_index import PrefixIndex
-from sglang_prefillshare.routing.workers import Observation, Status, Verdict, WorkerPool, judge
+from sglang_prefillshare.routing.verdicts import Status, Verdict
+from sglang_prefillshare.routing.workers import WorkerPool
 from test.unit.routing.routing_harness import info
-
-
-def seen(url: str, role: Role = Role.PREFILL, model: str | None = None, **changes) -> Observation:
-    told = info(role, model or "base", **changes)
-    return Observation(url=url, role=role, model=model, info=told, problem=None, lost=None, was_seen=True)
-
-
-def statuses(*workers: Observation, incumbent: str | None = None) -> dict[str, Status]:
-    return {url: verdict.status for url, verdict in judge(workers, incumbent=incumbent)[1].items()}
-
-
-def test_workers_of_one_base_are_ready():
-    decode = seen("d", Role.DECODE, "planner")
-    assert statuses(seen("p"), decode) == {"p": Status.READY, "d": Status.READY}
-
-
-def test_the_majority_of_prefill_workers_names_the_base():
-    workers = [seen("p0", base_fingerprint="odd"), seen("p1"), seen("p2")]
-    reference, _ = judge(workers, incumbent=None)
-    assert reference == "base-1"
-    assert statuses(*workers) == {"p0": Status.REFUSED, "p1": Status.READY, "p2": Status.READY}
-
-
-def test_among_equals_the_incumbent_stays_and_otherwise_the_first_wins():
-    workers = [seen("p0", base_fingerprint="a"), seen("p1", base_fingerprint="b")]
-    assert judge(workers, incumbent=None)[0] == "a"
-    assert judge(workers, incumbent="b")[0] == "b"
-    assert judge(workers, incumbent="gone")[0] == "a"
-
-
-def test_the_reference_outlives_the_prefill_pool():
-    gone = replace(seen("p"), lost="does not answer")
-    right, wrong = seen("d0", Role.DECODE, "planner"), seen("d1", Role.DECODE, "coder", base_fingerprint="x")
-    assert statuses(gone, right, wrong, incumbent="base-1") == {
-        "p": Status.DOWN,
-        "d0": Status.READY,
-        "d1": Status.REFUSED,
-    }
-    assert statuses(gone, right)["d0"] is Status.STARTING
-
-
-def test_each_misfit_is_refused_with_both_values():
-    def reason(worker: Observation) -> str:
-        verdict = judge([seen("p"), worker], incumbent=None)[1][worker.url]
-        assert verdict.status is Status.REFUSED and verdict.reason
-        return verdict.reason
-
-    decode = seen("d", Role.DECODE, "planner")
-    assert decode.info is not None
-    told = decode.info
-    assert "prefill" in reason(replace(decode, info=replace(told, role=Role.PREFILL)))
-    assert "other-rule" in reason(replace(decode, info=replace(told, boundary="other-rule")))
-    assert "'coder'" in reason(replace(decode, info=replace(told, model="coder")))
-    assert "base-2" in reason(replace(decode, info=replace(told, base_fingerprint="base-2")))
-    assert "'nixl'" in reason(replace(decode, info=replace(told, transfer_backend="nixl")))
-    assert "bootstrap_port" in reason(seen("p2", bootstrap_port=None))
-    unable = replace(told, handoff_failure="the pool is closed; choose nixl")
-    assert reason(replace(decode, info=unable)) == "it can hand no KV over: the pool is closed; choose nixl"
-    assert reason(replace(decode, info=None, problem="it is odd")) == "it is odd"
-
-
-def test_a_misfit_prefill_worker_has_no_vote():
-    misfit = [seen(f"p{i}", base_fingerprint="b", boundary="other-rule") for i in range(3)]
-    assert judge([*misfit, seen("p9")], incumbent=None)[0] == "base-1"
-
-
-def test_a_worker_in_a_container_of_its_own_is_refused_before_a_request_comes():
-    prefill, decode = seen("p", pool_space="boot pid:[1]"), seen("d", Role.DECODE, "planner", pool_space="boot pid:[2]")
-    other = seen("p2", pool_space="boot pid:[2]")
-    verdicts = judge([prefill, decode, other], incumbent=None)[1]
-    assert [verdicts[url].status for url in ("p", "d", "p2")] == [Status.READY, Status.REFUSED, Status.REFUSED]
-    for part in ("boot pid:[1]", "boot pid:[2]", "--pid host --ipc host", "--disaggregation-transfer-backend nixl"):
-        assert part in str(verdicts["d"].reason)
-    assert statuses(other, decode)["d"] is Status.READY
-
-
-def test_gpus_that_are_no_peers_are_refused_before_a_request_comes():
-    """What a worker does not see of the other's GPU it finds out when it maps the pool."""
-    on = {"gpu": "A", "gpus_in_reach": {"A": True, "B": False}}
-    beside = {"gpu": "B", "gpus_in_reach": {"A": False, "B": True}}
-    prefill, far = seen("p", **on), seen("d", Role.DECODE, "planner", **beside)
-    verdict = judge([prefill, far], incumbent=None)[1]["d"]
-    assert verdict.status is Status.REFUSED
-    for part in ("its GPU B cannot read from GPU A", "topo -p2p r", "--disaggregation-transfer-backend nixl"):
-        assert part in str(verdict.reason)
-    for near in (on, {"gpu": "B", "gpus_in_reach": {"A": True, "B": True}}, {"gpu": "B", "gpus_in_reach": {"B": True}}):
-        assert statuses(prefill, seen("d", Role.DECODE, "planner", **near))["d"] is Status.READY
-    assert statuses(prefill, seen("d", Role.DECODE, "planner", gpu="B", gpus_in_reach="?"))["d"] is Status.READY
-
-
-def test_a_worker_with_adapters_fits_as_long_as_it_serves_one_of_its_modules():
-    def adapters(*served: str) -> Observation:
-        told = info(Role.DECODE, "base", modules=list(served))
-        worker = Observation("d", Role.DECODE, "planner, coder", told, None, None, True, modules=("planner", "coder"))
-        return worker
-
-    for served in (("planner", "coder"), ("coder",)):
-        assert statuses(seen("p"), adapters(*served))["d"] == Status.READY
-    _, verdicts = judge([seen("p"), adapters("reviewer")], incumbent=None)
-    assert verdicts["d"].status == Status.REFUSED
-    assert verdicts["d"].reason is not None and "serves the modules reviewer" in verdicts["d"].reason
 
 
 def test_a_module_that_a_worker_has_not_is_not_served_by_it():
@@ -119,3 +18,85 @@ def test_a_module_that_a_worker_has_not_is_not_served_by_it():
     worker.verdict = Verdict(Status.READY, None)
     assert worker.is_ready_for("planner") and not worker.is_ready_for("coder")
     assert [len(pool.decode_snapshots(name, [])) for name in ("planner", "coder")] == [1, 0]
+
+
+def pool_of(*told, **config) -> WorkerPool:
+    """Members without a configuration, at http://w0, http://w1, ..., that said these things of themselves."""
+    pool = WorkerPool(RouterConfig(admin_api_key="k", **config), index=PrefixIndex(capacity_blocks=16))
+    for i, said in enumerate(told):
+        worker = pool.join(Member(f"http://w{i}"))
+        if said is not None:
+            pool.seen(worker, said, None)
+    return pool
+
+
+def test_a_member_says_itself_what_it_is():
+    pool = pool_of(
+        info(Role.PREFILL, "base"),
+        info(Role.DECODE, "planner"),
+        info(Role.DECODE, "base", modules=["coder", "reviewer"]),
+        None,
+    )
+    assert pool.modules == ["planner", "coder", "reviewer"]
+    assert [worker.url for worker in pool.prefill] == ["http://w0"]
+    assert [worker.status for worker in pool] == [Status.READY] * 3 + [Status.STARTING]
+    assert pool.served_modules() == pool.modules
+    [adapters] = pool.decode["coder"]
+    pool.seen(adapters, info(Role.DECODE, "base", modules=["coder"]), None)
+    assert pool.modules == ["planner", "coder"]
+    pool.seen(adapters, info(Role.DECODE, "tester"), None)
+    assert pool.modules == ["planner", "tester"]
+
+
+def test_a_module_goes_with_its_last_member_unless_it_is_configured():
+    pool = pool_of(info(Role.PREFILL, "base"), info(Role.DECODE, "planner"), decode={"coder": ["http://c"]})
+    pool.seen(pool["http://c"], info(Role.DECODE, "coder"), None)
+    assert pool.modules == ["coder", "planner"]
+    for url in ("http://c", "http://w1"):
+        pool.forget(pool[url])
+    assert pool.modules == ["coder"]
+    assert pool.missing() == ["no worker of the decode module 'coder' is ready: there is none"]
+
+
+def test_a_pool_that_nobody_is_in_says_so():
+    assert pool_of().missing() == ["no decode module is known: no worker has named one yet"]
+    assert pool_of(None).missing() == ["no decode module is known: no worker has named one yet"]
+
+
+def test_a_member_of_the_configuration_must_be_what_it_says():
+    pool = pool_of(prefill=["http://p"], decode={"coder": ["http://c"]})
+    pool.seen(pool["http://p"], info(Role.DECODE, "coder"), None)
+    assert pool["http://p"].reason == "its role is decode, and it is configured as prefill"
+    pool.seen(pool["http://c"], info(Role.DECODE, "tester"), None)
+    assert "it is configured for 'coder'" in str(pool["http://c"].reason)
+    assert pool.modules == ["coder"]
+
+
+def test_modules_are_prefilled_by_workers_of_their_own_base():
+    pool = pool_of(
+        info(Role.PREFILL, "base", max_prompt_bytes=100),
+        info(Role.PREFILL, "base", base_fingerprint="base-2", max_prompt_bytes=200),
+        info(Role.DECODE, "planner"),
+        info(Role.DECODE, "coder", base_fingerprint="base-2"),
+    )
+    for module, url, most in (("planner", "http://w0", 100), ("coder", "http://w1", 200)):
+        assert [worker.url for worker in pool.prefill_workers(module)] == [url]
+        assert [snapshot.url for snapshot in pool.prefill_snapshots(module, [])] == [url]
+        assert pool.limits(module).max_prompt_bytes == most
+    assert pool.reference == "base-1" and pool.bases.known == ("base-1", "base-2")
+    pool["http://w1"].is_drained = True
+    assert pool.missing(["coder"]) == [
+        "no prefill worker of the base base-2 is ready: http://w1 is draining (an administrator keeps new requests "
+        "away from it)"
+    ]
+    assert pool.served_modules() == ["planner"]
+
+
+def test_adapters_that_come_and_go_leave_what_a_worker_holds():
+    pool = pool_of(info(Role.PREFILL, "base"), info(Role.DECODE, "base", modules=["coder"]))
+    worker = pool["http://w1"]
+    pool._index.insert(worker.url, [1, 2])
+    pool.seen(worker, info(Role.DECODE, "base", modules=["coder", "tester"]), None)
+    assert pool._index.block_count(worker.url) == 2
+    pool.seen(worker, info(Role.DECODE, "base", modules=["coder", "tester"], max_total_tokens=1), None)
+    assert pool._index.block_count(worker.url) == 0, "it was started anew"
