@@ -44,6 +44,8 @@ class Observation:
     modules: tuple[str, ...] = ()
     """The decode modules that it is there for."""
     is_draining: bool = False
+    withdrawn: frozenset[str] = frozenset()
+    """Modules that are not missed on it, since an administrator took them away."""
 
     @property
     def base(self) -> str | None:
@@ -174,7 +176,8 @@ def _named_misfit(worker: Observation, info: WorkerInfo) -> Verdict | None:
         if odd:
             return Verdict(Status.REFUSED, f"it calls a module {odd[0]!r}: {MODULE_NAME_RULE}")
     elif info.modules is not None:
-        if not set(worker.modules) & set(info.modules):
+        wanted = set(worker.modules) - worker.withdrawn
+        if wanted and not wanted & set(info.modules):
             return Verdict(
                 Status.REFUSED,
                 f"it serves the modules {', '.join(info.modules) or '(none)'}, and it is configured for "

@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -245,7 +245,7 @@ class Worker:
         self.model = None if info.role is Role.PREFILL else ", ".join(self.modules)
         return before != (self.role, self.model, self.modules)
 
-    def observation(self) -> Observation:
+    def observation(self, *, withdrawn: Iterable[str] = ()) -> Observation:
         return Observation(
             url=self.url,
             role=self.role if self.is_configured else None,
@@ -256,6 +256,7 @@ class Worker:
             lost=self.lost,
             was_seen=self.was_seen,
             is_draining=self.is_draining,
+            withdrawn=frozenset(withdrawn),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -574,7 +575,7 @@ class WorkerPool:
 
     def judgement(self) -> Judgement:
         """Of everybody, from what they said last."""
-        return judge([worker.observation() for worker in self], before=self.bases)
+        return judge([worker.observation(withdrawn=self.withdrawn) for worker in self], before=self.bases)
 
     def judge_all(self) -> None:
         """Judge all anew, after something changed of one."""

@@ -112,6 +112,7 @@ class FakeWorker:
     aborted: list[str] = field(default_factory=list)
     finish_reason: Any = field(default_factory=lambda: {"type": "length", "length": 1})
     adapters_refused: str | None = None
+    adapters_behave: str = "ok"
     adapter_calls: list[dict[str, Any]] = field(default_factory=list)
     dropped: int = 0
     counts: tuple[int, int, int] = (40, 32, 16)
@@ -203,6 +204,8 @@ class FakeWorker:
         """As SGLang answers, with our checks; `adapters_refused` is what the worker says instead of taking it."""
         body = {**(await request.json()), "key": request.headers.get("authorization")}
         self.adapter_calls.append({"load": body})
+        if self.adapters_behave == "hang":
+            await asyncio.sleep(60)
         names = self.info.modules or []
         reason = self.adapters_refused
         if body["lora_name"] in names:
