@@ -158,6 +158,7 @@ def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path 
 @click.option("--load-margin-requests", type=int, help="Requests in flight that KV kept by a decode worker is worth.")
 @click.option("--load-margin-ratio", type=float, help="Likewise, as a multiple of the least loaded worker's.")
 @click.option("--session-margin", type=int, help="Live sessions more that a cached prefix is worth to a new one.")
+@click.option("--home-margin", type=int, help="Live sessions more that the worker named by a new one's key may have.")
 @click.option("--min-prefix-tokens", type=int, help="Shorter common prefixes do not decide where a request goes.")
 @click.option("--no-admission", is_flag=True, help="Send every request at once, whether or not its workers have room.")
 @click.option("--queue-size", type=int, help="Requests that may wait for room; more are answered with 429.")
@@ -201,7 +202,8 @@ def route(
     # Defaults are the config's own, so what was not given is not passed on.
     given = {key: value for key, value in settings.items() if value is not None}
     policy_keys = (
-        "load_margin_tokens", "load_margin_requests", "load_margin_ratio", "session_margin", "min_prefix_tokens",
+        "load_margin_tokens", "load_margin_requests", "load_margin_ratio", "session_margin", "home_margin",
+        "min_prefix_tokens",
     )  # fmt: skip
     policy = PolicyConfig(**{key: given.pop(key) for key in policy_keys if key in given})
     admission_keys = (

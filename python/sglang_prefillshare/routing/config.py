@@ -32,6 +32,9 @@ class PolicyConfig:
     load_margin_ratio: float = 1.5
     min_prefix_tokens: int = 64
     session_margin: int = 1
+    home_margin: int = 1
+    """A session that the router does not know goes to the worker that its key names while that has at most so many live
+    sessions more than another, and never beyond `session_margin`."""
 
     def __post_init__(self) -> None:
         if self.load_margin_tokens < 0:
@@ -44,6 +47,8 @@ class PolicyConfig:
             raise ConfigError(f"min_prefix_tokens is {self.min_prefix_tokens}, wanted 1 or more.")
         if self.session_margin < 0:
             raise ConfigError(f"session_margin is {self.session_margin}, wanted 0 or more.")
+        if self.home_margin < 0:
+            raise ConfigError(f"home_margin is {self.home_margin}, wanted 0 or more.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -256,6 +256,7 @@ class Placer:
             snapshots,
             session_worker=sessions.worker_of(request.session_key),
             is_new_session=sessions.is_new(request.session_key),
+            session_key=request.session_key,
             turn=self._turns[Role.PREFILL],
             config=self._config.policy,
         )
@@ -266,6 +267,7 @@ class Placer:
             snapshots,
             session_worker=sessions.worker_of(request.session_key),
             is_new_session=sessions.is_new(request.session_key),
+            session_key=request.session_key,
             turn=self._turns[Role.DECODE],
             config=self._config.policy,
         )

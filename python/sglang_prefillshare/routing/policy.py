@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+import xxhash
+
 from sglang_prefillshare.routing.config import PolicyConfig
 
 
@@ -58,6 +60,7 @@ def pick_prefill(
     *,
     session_worker: str | None,
     is_new_session: bool = False,
+    session_key: str | None = None,
     turn: int,
     config: PolicyConfig,
 ) -> Decision:
@@ -68,7 +71,8 @@ def pick_prefill(
     live ones instead, if the prefix's worker has more by over `config.session_margin`: under a common system prompt
     every first call matches the same worker, whose pool the sessions would then crowd while others stay empty. Of
     several that hold the prefix it takes the one with the fewest, so a large margin fills workers one after the other
-    and then evenly.
+    and then evenly. Where several would do, `session_key` decides (`home`), so that another router, or this one after a
+    restart, sends the session where its KV is: within `config.home_margin` of the fewest sessions.
     Deviation: the paper pins "whenever possible" without saying when not; we leave a worker that is loaded beyond
     `config`'s margins for the least loaded one. `turn` rotates among equals.
     """
@@ -77,7 +81,8 @@ def pick_prefill(
         _Candidate(worker.url, worker.inflight_tokens, worker.matched_tokens, worker.session_count)
         for worker in workers
     ]
-    return _pick(candidates, session_worker, is_new_session, turn, config, load_margin=config.load_margin_tokens)
+    key = session_key if is_new_session else None
+    return _pick(candidates, session_worker, is_new_session, key, turn, config, load_margin=config.load_margin_tokens)
 
 
 def pick_decode(
@@ -85,6 +90,7 @@ def pick_decode(
     *,
     session_worker: str | None,
     is_new_session: bool = False,
+    session_key: str | None = None,
     turn: int,
     config: PolicyConfig,
 ) -> Decision:
@@ -95,7 +101,20 @@ def pick_decode(
         _Candidate(worker.url, worker.inflight_requests, worker.matched_tokens, worker.session_count)
         for worker in workers
     ]
-    return _pick(candidates, session_worker, is_new_session, turn, config, load_margin=config.load_margin_requests)
+    key = session_key if is_new_session else None
+    return _pick(candidates, session_worker, is_new_session, key, turn, config, load_margin=config.load_margin_requests)
+
+
+def home(session_key: str, urls: Sequence[str]) -> str:
+    """The worker that a session belongs to by its key alone (rendezvous hashing): the same for everybody who knows the
+    same workers. Of a worker that goes only its own sessions move, and a worker that comes takes its share from all.
+    """
+    assert urls, "a session cannot belong to nobody"
+    return max(urls, key=lambda url: (_weight(session_key, url), url))
+
+
+def _weight(session_key: str, url: str) -> int:
+    return xxhash.xxh3_64_intdigest(f"{session_key}\0{url}".encode("utf-8", "surrogatepass"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +131,7 @@ def _pick(
     workers: Sequence[_Candidate],
     session_worker: str | None,
     is_new_session: bool,
+    new_session: str | None,
     turn: int,
     config: PolicyConfig,
     *,
@@ -126,12 +146,14 @@ def _pick(
         longest = max(worker.matched_tokens for worker in workers)
         if longest >= config.min_prefix_tokens:
             holders = [worker for worker in workers if worker.matched_tokens == longest]
-            preferred = _least_loaded(_fewest_sessions(holders) if is_new_session else holders, turn)
+            preferred = (
+                _for_new_session(holders, new_session, turn, config) if is_new_session else _least_loaded(holders, turn)
+            )
             reason = Reason.PREFIX
     if is_new_session:
-        emptiest = _least_loaded(_fewest_sessions(workers), turn)
-        if preferred is None or preferred.session_count - emptiest.session_count > config.session_margin:
-            preferred = emptiest
+        fewest = min(worker.session_count for worker in workers)
+        if preferred is None or preferred.session_count - fewest > config.session_margin:
+            preferred = _for_new_session(workers, new_session, turn, config)
             reason = Reason.NEW_SESSION
     if preferred is None:
         chosen = _least_loaded(workers, turn)
@@ -143,9 +165,16 @@ def _pick(
     return Decision(preferred.url, reason, preferred.matched_tokens)
 
 
-def _fewest_sessions(workers: Sequence[_Candidate]) -> list[_Candidate]:
+def _for_new_session(
+    workers: Sequence[_Candidate], session_key: str | None, turn: int, config: PolicyConfig
+) -> _Candidate:
+    """One with the fewest sessions, or, for a session with a key, its home among those that have few."""
     fewest = min(worker.session_count for worker in workers)
-    return [worker for worker in workers if worker.session_count == fewest]
+    if session_key is None:
+        return _least_loaded([worker for worker in workers if worker.session_count == fewest], turn)
+    margin = min(config.home_margin, config.session_margin)
+    near = {worker.url: worker for worker in workers if worker.session_count - fewest <= margin}
+    return near[home(session_key, list(near))]
 
 
 def _least_loaded(workers: Sequence[_Candidate], turn: int) -> _Candidate:

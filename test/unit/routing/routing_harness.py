@@ -444,25 +444,46 @@ async def running_system(
         settings["prefill"] = [worker.url for worker in prefill_workers]
         settings["decode"] = {name: [worker.url for worker in group] for name, group in decode_workers.items()}
     router_config = RouterConfig(**(settings | config))
-    app = create_app(router_config)
+    try:
+        async with _routing(router_config, prefill_workers, decode_workers, longest_s=longest_s) as system:
+            if wait:
+                await system.ready()
+            yield system
+    finally:
+        for worker in workers:
+            await worker.stop()
+
+
+@contextlib.asynccontextmanager
+async def another_router(system: System) -> AsyncIterator[System]:
+    """A router that knows nothing yet, before the same workers."""
+    async with _routing(system.router.config, system.prefill, system.decode) as other:
+        await other.ready()
+        yield other
+
+
+@contextlib.asynccontextmanager
+async def _routing(
+    config: RouterConfig,
+    prefill: list[FakeWorker],
+    decode: dict[str, list[FakeWorker]],
+    *,
+    longest_s: float = 30.0,
+) -> AsyncIterator[System]:
+    app = create_app(config)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = QuickServer(app, router_config)
+    server = QuickServer(app, config)
     server.longest_s = longest_s
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         await until(lambda: server.started)
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15)) as http:
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-            system = System(url, app.state.router, http, prefill_workers, decode_workers, server, task)
-            if wait:
-                await system.ready()
-            yield system
+            yield System(url, app.state.router, http, prefill, decode, server, task)
     finally:
         server.should_exit = True
         await task
-        for worker in workers:
-            await worker.stop()
 
 
 def run(scenario: Coroutine[Any, Any, None]) -> None:

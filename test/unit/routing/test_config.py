@@ -76,7 +76,13 @@ def test_several_modules_may_share_a_decode_worker():
 
 @pytest.mark.parametrize(
     "change",
-    [{"load_margin_tokens": -1}, {"load_margin_requests": -1}, {"load_margin_ratio": 0.5}, {"min_prefix_tokens": 0}],
+    [
+        {"load_margin_tokens": -1},
+        {"load_margin_requests": -1},
+        {"load_margin_ratio": 0.5},
+        {"min_prefix_tokens": 0},
+        {"home_margin": -1},
+    ],
 )
 def test_policy_margins_are_checked(change):
     with pytest.raises(ConfigError, match=next(iter(change))):

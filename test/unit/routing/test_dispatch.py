@@ -11,10 +11,20 @@ import pytest
 
 from sglang_prefillshare.protocol import MODULE_HEADER
 from sglang_prefillshare.routing.attempt import AttemptEnd
+from sglang_prefillshare.routing.config import PolicyConfig
 from sglang_prefillshare.routing.endings import LegEnd
 from sglang_prefillshare.routing.failures import LegFailure
+from sglang_prefillshare.routing.policy import home
 from sglang_prefillshare.routing.request import ClientRequest
-from test.unit.routing.routing_harness import STREAM, TRANSFER_FAILED, WHOLE, run, running_system, until
+from test.unit.routing.routing_harness import (
+    STREAM,
+    TRANSFER_FAILED,
+    WHOLE,
+    another_router,
+    run,
+    running_system,
+    until,
+)
 
 TRANSFER_FAILED_MESSAGE = json.loads(TRANSFER_FAILED)["error"]["message"]
 
@@ -425,6 +435,8 @@ async def assert_prefilled_again(system, answer, *, stream):
 def test_a_lost_prefill_leg_is_replaced_once_with_its_decode_leg(how, stream):
     async def scenario():
         async with running_system(prefill=2, decode={"planner": 1}, loss_wait_s=3.0, poll_timeout_s=0.05) as system:
+            urls = [worker.url for worker in system.prefill]
+            system.prefill.sort(key=lambda worker: worker.url != home("s", urls))
             first, decode = system.prefill[0], system.decode["planner"][0]
             first.script = ["hang" if how in ("stopped", "down") else how]
             decode.script = ["hang"]
@@ -655,10 +667,46 @@ def test_a_session_key_sticks_to_its_prefill_worker(how):
     run(scenario())
 
 
+def placed(system) -> dict[str, set[tuple[str, str]]]:
+    """By session, the workers that its prompts, "i unlike the others", went to: of prefill and of decode."""
+    found: dict[str, set[tuple[str, str]]] = {}
+    for worker in system.workers:
+        for seen in worker.seen:
+            found.setdefault(seen.body["user"], set()).add((worker.info.role, worker.url))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("policy", "is_reversed"),
+    [(PolicyConfig(), False), (PolicyConfig(session_margin=16, home_margin=16), True)],
+    ids=["after a restart, in the same order", "another router, in another order"],
+)
+def test_a_router_that_does_not_know_a_session_sends_it_where_its_kv_is(policy, is_reversed):
+    """Else each of 12 sessions would find its workers again in one case of six."""
+
+    async def scenario():
+        async with running_system(prefill=3, decode={"planner": 2}, policy=policy) as system:
+            sessions = [f"session {i}" for i in range(12)]
+
+            async def ask(router) -> None:
+                for session in sessions[::-1] if is_reversed and router is not system else sessions:
+                    content = [{"role": "user", "content": f"{session} unlike the others"}]
+                    assert (await router.chat(messages=content, user=session)).status == 200
+
+            await ask(system)
+            before = placed(system)
+            assert all(len(workers) == 2 for workers in before.values())
+            assert len({worker for workers in before.values() for worker in workers}) >= 3, "not all on one pair"
+            async with another_router(system) as other:
+                await ask(other)
+                assert await other.metric('decisions_total{reason="new_session",role="prefill"}') == 12
+            assert placed(system) == before
+
+    run(scenario())
+
+
 def test_load_overrides_stickiness_and_the_session_moves():
     async def scenario():
-        from sglang_prefillshare.routing.config import PolicyConfig
-
         policy = PolicyConfig(load_margin_tokens=100)
         async with running_system(prefill=2, policy=policy) as system:
             await system.chat(user="s")
@@ -683,8 +731,6 @@ def test_tokens_that_prefill_is_expected_to_hold_are_no_load():
     """A long context that is in the worker's tree costs what its new tokens cost: its session has no reason to move."""
 
     async def scenario():
-        from sglang_prefillshare.routing.config import PolicyConfig
-
         policy = PolicyConfig(load_margin_tokens=100)
         async with running_system(prefill=2, policy=policy) as system:
             context = [{"role": "user", "content": "z" * 4000}]
@@ -737,8 +783,6 @@ def test_a_session_key_sticks_to_its_decode_worker_of_each_module():
 
 def test_an_overloaded_decode_worker_is_left_and_the_session_moves():
     async def scenario():
-        from sglang_prefillshare.routing.config import PolicyConfig
-
         async with running_system(decode={"planner": 2}, policy=PolicyConfig(load_margin_requests=1)) as system:
             await system.chat(user="s")
             home = next(worker for worker in system.decode["planner"] if worker.seen)

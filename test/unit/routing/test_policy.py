@@ -1,6 +1,7 @@
 """Where requests go, given a snapshot."""
 
 import dataclasses
+import random
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.routing.config import PolicyConfig
-from sglang_prefillshare.routing.policy import DecodeSnapshot, PrefillSnapshot, Reason, pick_decode, pick_prefill
+from sglang_prefillshare.routing.policy import DecodeSnapshot, PrefillSnapshot, Reason, home, pick_decode, pick_prefill
 
 CONFIG = PolicyConfig(load_margin_tokens=1000, load_margin_requests=10, load_margin_ratio=2.0, min_prefix_tokens=64)
 MARGINS = {Role.PREFILL: CONFIG.load_margin_tokens, Role.DECODE: CONFIG.load_margin_requests}
@@ -22,15 +23,21 @@ def pick(
     session: str | None = None,
     is_new: bool = False,
     turn: int = 0,
+    key: str | None = None,
+    config: PolicyConfig = CONFIG,
 ):
     """Workers as (tokens or requests in flight, matched tokens, and sessions if any), named w0, w1, ..."""
     rows = [(f"w{i}", *numbers) for i, numbers in enumerate(workers)]
     if role is Role.PREFILL:
         prefill = [PrefillSnapshot(*row) for row in rows]
-        decision = pick_prefill(prefill, session_worker=session, is_new_session=is_new, turn=turn, config=CONFIG)
+        decision = pick_prefill(
+            prefill, session_worker=session, is_new_session=is_new, session_key=key, turn=turn, config=config
+        )
     else:
         decode = [DecodeSnapshot(*row) for row in rows]
-        decision = pick_decode(decode, session_worker=session, is_new_session=is_new, turn=turn, config=CONFIG)
+        decision = pick_decode(
+            decode, session_worker=session, is_new_session=is_new, session_key=key, turn=turn, config=config
+        )
     return decision.worker, decision.reason
 
 
@@ -75,6 +82,87 @@ def test_new_sessions_under_one_system_prompt_fill_workers_in_turn_and_then_even
 
 def test_a_new_session_too_avoids_a_worker_that_is_loaded_beyond_the_margins():
     assert pick((9000, 0, 0), (0, 0, 5), is_new=True) == ("w1", Reason.LOAD)
+
+
+URLS = st.lists(st.from_regex(r"http://[a-z0-9.]{1,20}:[0-9]{1,5}", fullmatch=True), min_size=1, unique=True)
+
+
+@given(key=st.text(), urls=URLS)
+def test_a_sessions_home_does_not_depend_on_order_and_moves_only_with_its_own_worker(key, urls):
+    chosen = home(key, urls)
+    assert chosen in urls
+    assert home(key, urls[::-1]) == chosen
+    for other in set(urls) - {chosen}:
+        assert home(key, [url for url in urls if url != other]) == chosen
+
+
+def test_homes_are_spread():
+    urls = [f"http://10.0.0.{i}:30000" for i in range(4)]
+    counts = [[home(f"session {i}", urls) for i in range(4000)].count(url) for url in urls]
+    assert sum(counts) == 4000 and min(counts) > 850
+    assert home("\ud800", urls) in urls, "a lone surrogate, as JSON can have it"
+
+
+KEYS = [f"s{i}" for i in range(64)]
+
+
+@both_roles
+def test_a_new_session_goes_home_where_others_would_take_turns(role):
+    config = dataclasses.replace(CONFIG, home_margin=2, session_margin=2)
+    for key in KEYS:
+        at = home(key, ["w0", "w1", "w2"])
+        for turn in range(3):
+            idle = pick((0, 0), (0, 0), (0, 0), role=role, is_new=True, key=key, turn=turn)
+            assert idle == (at, Reason.NEW_SESSION)
+            near = pick((0, 0, 2), (3, 0, 1), (0, 0, 0), role=role, is_new=True, key=key, turn=turn, config=config)
+            assert near == (at, Reason.NEW_SESSION)
+        held = pick((0, 640), (0, 640), (0, 640), role=role, is_new=True, key=key)
+        assert held == (at, Reason.PREFIX)
+        known = pick((0, 0), (0, 0), (0, 0), role=role, session="w1", key=key)
+        assert known == ("w1", Reason.SESSION)
+
+
+@both_roles
+def test_a_home_that_has_more_sessions_or_load_than_the_margins_allow_is_passed_over(role):
+    load = 5 * MARGINS[role]
+    for key in KEYS:
+        second = home(key, ["w1", "w2"])
+        assert pick((0, 0, 2), (0, 0, 0), (0, 0, 0), role=role, is_new=True, key=key) == (second, Reason.NEW_SESSION)
+        even = dataclasses.replace(CONFIG, session_margin=0)
+        assert pick((0, 0, 1), (0, 0, 0), (0, 0, 0), role=role, is_new=True, key=key, config=even)[0] == second
+        if home(key, ["w0", "w1"]) == "w0":
+            assert pick((load, 0), (0, 0), role=role, is_new=True, key=key) == ("w1", Reason.LOAD)
+        assert pick((0, 640), (0, 0), role=role, is_new=True, key=key) == ("w0", Reason.PREFIX), "a prefix counts more"
+
+
+@pytest.mark.parametrize(("margin", "least"), [(1, 0.55), (8, 0.95)])
+def test_routers_that_see_sessions_in_different_orders_mostly_agree(margin, least):
+    """By chance it would be a quarter; docs/architecture.md names what was found."""
+    config = dataclasses.replace(CONFIG, session_margin=margin, home_margin=margin)
+
+    def place(sessions: list[str]) -> dict[str, str]:
+        at: dict[str, str] = {}
+        for session in sessions:
+            counts = [list(at.values()).count(f"w{i}") for i in range(4)]
+            at[session], _ = pick(*[(0, 0, n) for n in counts], is_new=True, key=session, config=config)
+        return at
+
+    rng = random.Random(1)
+    agreed = total = 0
+    for run in range(20):
+        sessions = [f"session {run}.{i}" for i in range(48)]
+        first, second = place(sessions), place(rng.sample(sessions, k=48))
+        agreed += sum(first[session] == second[session] for session in sessions)
+        total += len(sessions)
+    assert agreed / total > least
+
+
+def test_sessions_with_keys_are_spread_within_the_margin():
+    counts = [0] * 4
+    for i in range(200):
+        worker, _ = pick(*[(0, 640, n) for n in counts], is_new=True, key=f"s{i}")
+        counts[int(worker[1])] += 1
+        assert max(counts) - min(counts) <= 2
 
 
 @both_roles
