@@ -182,6 +182,8 @@ class Adapters:
                 logger.info("module %r: loaded on %s, which came later", name, worker.url)
             else:  # taken away meanwhile
                 await self._unload(name, [worker])
+        except Exception:  # a bug of ours must not end the router
+            logger.exception("giving the module %r to the %s failed", name, worker.label)
         finally:
             self._restoring.discard((worker, name))
 

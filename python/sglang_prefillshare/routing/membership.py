@@ -97,7 +97,12 @@ def parse_source(text: str) -> SourceSpec:
         return FileSource(rest)
     if kind == "dns":
         name, _, port = rest.rpartition(":")
-        if not name or not (port.isascii() and port.isdigit()) or not 0 < int(port) <= 65535:
+        if (
+            not name
+            or _NOT_IN_NAMES.search(name)
+            or not (port.isascii() and port.isdigit())
+            or not 0 < int(port) <= 65535
+        ):
             raise ConfigError(f"--workers is {text!r}, {wanted}: a name, and a port from 1 to 65535.")
         return DnsSource(name, int(port))
     raise ConfigError(f"--workers is {text!r}, {wanted}.")

@@ -239,10 +239,10 @@ class Worker:
             return False
         before = (self.role, self.model, self.modules)
         names = [info.model] if info.modules is None else info.modules
-        names = [] if info.role is Role.PREFILL else names
+        is_decode = info.role is Role.DECODE
         self.role = info.role
-        self.modules = tuple(name for name in names if is_module_name(name))
-        self.model = None if info.role is Role.PREFILL else ", ".join(self.modules)
+        self.modules = tuple(name for name in names if is_module_name(name)) if is_decode else ()
+        self.model = ", ".join(self.modules) if is_decode else None
         return before != (self.role, self.model, self.modules)
 
     def observation(self, *, withdrawn: Iterable[str] = ()) -> Observation:
@@ -596,8 +596,8 @@ class WorkerPool:
 
 def _has_restarted(before: WorkerInfo | None, now: WorkerInfo | None) -> bool:
     """Adapters that come and go leave the base's KV where it is."""
-    if before is None or now is None:
-        return before is not now
+    if before is None or now is None or before == now:
+        return before != now
     return dataclasses.replace(before, modules=None) != dataclasses.replace(now, modules=None)
 
 

@@ -34,6 +34,7 @@ def test_sources_are_parsed():
         ("workers.yaml", "wanted file:PATH or dns:NAME:PORT"),
         ("file:", "wanted file:PATH"),
         ("dns:prefill", "a port from 1 to 65535"),
+        ("dns:a b:30000", "a port from 1 to 65535"),
         ("dns::30000", "a port from 1 to 65535"),
         ("dns:prefill:0", "a port from 1 to 65535"),
         ("dns:prefill:65536", "a port from 1 to 65535"),

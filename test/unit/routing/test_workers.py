@@ -48,6 +48,11 @@ def test_a_member_says_itself_what_it_is():
     assert pool.modules == ["planner", "tester"]
 
 
+def test_a_member_that_cannot_be_behind_a_router_brings_no_module():
+    pool = pool_of(info(Role.PREFILL, "base"), info(Role.UNIFIED, "base", modules=["coder"]))
+    assert pool.modules == [] and pool["http://w1"].status is Status.REFUSED
+
+
 def test_a_module_goes_with_its_last_member_unless_it_is_configured():
     pool = pool_of(info(Role.PREFILL, "base"), info(Role.DECODE, "planner"), decode={"coder": ["http://c"]})
     pool.seen(pool["http://c"], info(Role.DECODE, "coder"), None)
