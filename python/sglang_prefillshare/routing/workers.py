@@ -16,7 +16,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -594,11 +594,15 @@ class WorkerPool:
         self.on_change()
 
 
+_LASTING: Final = [field.name for field in dataclasses.fields(WorkerInfo) if field.name not in ("modules",)]
+"""What a worker says of itself that stays the same for as long as its process runs."""
+
+
 def _has_restarted(before: WorkerInfo | None, now: WorkerInfo | None) -> bool:
     """Adapters that come and go leave the base's KV where it is."""
     if before is None or now is None or before == now:
         return before != now
-    return dataclasses.replace(before, modules=None) != dataclasses.replace(now, modules=None)
+    return any(getattr(before, name) != getattr(now, name) for name in _LASTING)
 
 
 def _is_refused(error: Exception) -> bool:
