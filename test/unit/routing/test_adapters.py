@@ -88,6 +88,19 @@ def test_a_worker_that_gives_no_answer_leaves_nothing_loaded():
     run(scenario())
 
 
+def test_a_router_that_restarted_takes_a_module_that_the_workers_still_have():
+    def left_over(prefill, decode):
+        decode["planner"][0].info = info(Role.DECODE, "base", modules=["planner", "tester"])
+
+    async def scenario():
+        async with running_system(decode={"planner": 1}, prepare=left_over, admin_api_key="k") as system:
+            assert await names(system) == ["planner"], "as it is configured"
+            assert (await load(system)).status == 200
+            assert (await system.chat("tester")).status == 200
+
+    run(scenario())
+
+
 def test_a_worker_of_the_flags_may_lose_all_its_modules_and_get_others():
     def adapters_only(prefill, decode):
         decode["planner"][0].info = info(Role.DECODE, "base", modules=["planner"])
