@@ -178,7 +178,7 @@ class Metrics:
     def forget_workers(self) -> None:
         """Drop what is shown of each worker, before it is set again for those that there are."""
         for gauge in (
-            *(self.worker_ready, self.worker_metrics_missing),
+            *(self.worker_ready, self.worker_breaker_open, self.worker_metrics_missing),
             *(self.worker_inflight, self.worker_inflight_tokens),
         ):
             gauge.clear()

@@ -594,7 +594,7 @@ class WorkerPool:
         self.on_change()
 
 
-_LASTING: Final = [field.name for field in dataclasses.fields(WorkerInfo) if field.name not in ("modules",)]
+_LASTING: Final = [known.name for known in dataclasses.fields(WorkerInfo) if known.compare and known.name != "modules"]
 """What a worker says of itself that stays the same for as long as its process runs."""
 
 
