@@ -44,6 +44,7 @@ TOKENS: Final = 3
 """Of a streamed answer, an event each."""
 
 _LENGTH: Final = re.compile(rb"content-length: *(\d+)", re.IGNORECASE)
+_TOKENS: Final = re.compile(rb'"max_new_tokens": ?(\d+)')
 _RID: Final = re.compile(rb'"rid": ?"([^"]+)"')
 
 
@@ -119,9 +120,10 @@ class Stub(asyncio.Protocol):
         if self._role is Role.PREFILL:
             counts = b"x-prefill-share-prompt-tokens: 63\r\nx-prefill-share-cached-tokens: 0\r\n"
             return _whole(b'{"text": "", "meta_info": {}}', counts)
-        rid = _RID.search(request)
+        rid, asked = _RID.search(request), _TOKENS.search(request)
         name = rid.group(1) if rid else b"?"
-        events = [_event(name, count) for count in range(1, TOKENS + 1)]
+        last = int(asked.group(1)) if asked else TOKENS
+        events = [_event(name, count, last=last) for count in range(1, last + 1)]
         body = b"".join(b"%x\r\n%b\r\n" % (len(event), event) for event in (*events, b"data: [DONE]\n\n"))
         head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
         return head + body + b"0\r\n\r\n"
@@ -132,11 +134,11 @@ def _whole(body: bytes, headers: bytes = b"") -> bytes:
     return head + body
 
 
-def _event(rid: bytes, count: int) -> bytes:
-    reason = b'{"type": "length", "length": %d}' % count if count == TOKENS else b"null"
+def _event(rid: bytes, count: int, *, last: int) -> bytes:
+    reason = b'{"type": "length", "length": %d}' % count if count == last else b"null"
     meta = b'{"id": "%b", "finish_reason": %b, "prompt_tokens": 64, "completion_tokens": %d}' % (rid, reason, count)
-    ids = b", ".join(b"%d" % token for token in range(count))
-    return b'data: {"text": "hello", "output_ids": [%b], "meta_info": %b}\n\n' % (ids, meta)
+    text = b"hello" if last <= TOKENS else b"hello" * 200  # long answers are long, and quickly made
+    return b'data: {"text": "%b", "output_ids": [%d], "meta_info": %b}\n\n' % (text, count, meta)
 
 
 def start_stubs() -> tuple[multiprocessing.Process, dict[Role, int]]:
@@ -249,7 +251,7 @@ class Client(asyncio.Protocol):
 
 async def measure(port: int, sizes: Sequence[int], seconds: float, prompt_tokens: int) -> list[dict[str, Any]]:
     """A row for each number of clients."""
-    await _until_ready(port)
+    await until_ready(port)
     body = {"model": MODULE, "input_ids": list(range(10, 10 + prompt_tokens)), "stream": True}
     body["sampling_params"] = {"temperature": 0, "max_new_tokens": TOKENS}
     raw = json.dumps(body).encode()
@@ -277,7 +279,7 @@ async def measure(port: int, sizes: Sequence[int], seconds: float, prompt_tokens
     return rows
 
 
-async def _until_ready(port: int) -> None:
+async def until_ready(port: int) -> None:
     deadline = time.monotonic() + READY_S
     async with aiohttp.ClientSession() as client:
         while time.monotonic() < deadline:

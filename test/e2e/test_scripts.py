@@ -33,6 +33,7 @@ RUN_BY = {
     "benchmark/handoff/session.py": "test_scripts_with_servers",
     "benchmark/serving/idle.py": "test_scripts_with_servers",
     "benchmark/serving/overload.py": "test_scripts_with_servers",
+    "benchmark/serving/connections.py": "test_scripts_of_one_process",
     "benchmark/serving/router.py": "test_scripts_with_servers",
     "benchmark/serving/streams.py": "test_scripts_of_one_process",
     "benchmark/training/figure2.py": "test_scripts_of_one_process",
@@ -84,6 +85,12 @@ def streams(module: Any, out: Path, models: Models, patch: pytest.MonkeyPatch) -
     return out / "bench" / "streams" / "summary.json"
 
 
+def connections(module: Any, out: Path, models: Models, patch: pytest.MonkeyPatch) -> Path:
+    few = ("--idle", 10, "--slow", 2, "--half", 2, "--endless", 2, "--seconds", 0.5)
+    assert "0 failures" in run(module, *few, "--out", out)
+    return out / "bench" / "connections" / "summary.json"
+
+
 def step_cost(module: Any, out: Path, models: Models, patch: pytest.MonkeyPatch) -> Path:
     sizes = ("--prompt-tokens", 8, "--response-tokens", 4, "--batch-size", 1, "--steps", 1)
     run(module, *sizes, "--base", models.base, "--out", out)
@@ -104,6 +111,7 @@ ALONE: Mapping[str, Small] = {
     "benchmark.kernels.host_cost": host_cost,
     "benchmark.kernels.cpu_operators": cpu_operators,
     "benchmark.serving.streams": streams,
+    "benchmark.serving.connections": connections,
     "benchmark.training.step_cost": step_cost,
     "benchmark.training.figure2": figure2,
 }
