@@ -1,7 +1,6 @@
 """Members come, leave and are forgotten while the router serves."""
 
 import asyncio
-import dataclasses
 import os
 from pathlib import Path
 
@@ -151,29 +150,34 @@ def test_a_worker_that_is_named_again_while_it_drains_stays(tmp_path):
     run(scenario())
 
 
-def test_a_module_moves_to_a_new_base_without_a_request_lost(tmp_path):
+def test_a_module_moves_to_a_new_base_without_a_request_lost():
     """Prefill and decode of the new base come beside the old ones; when the old worker drains, the new one serves."""
 
-    def new_base(prefill, decode):
-        for worker in (prefill[1], decode["planner"][1]):
-            worker.info = dataclasses.replace(worker.info, base_fingerprint="base-2")
-
     async def scenario():
-        old_first = {"prefill": 2, "decode": {"planner": 2}, "prepare": new_base}
-        async with running_system(**old_first, admin_api_key="k") as system:
-            pool, (old, new) = system.router.pool, system.decode["planner"]
-            await until(lambda: pool[new.url].status == "refused")
-            assert "served on base-1" in str(pool[new.url].reason)
-            old.behave = "slow:0.3"
-            running = asyncio.create_task(system.chat(user="s"))
-            await old.arrived.wait()
-            await system.admin("DELETE", f"/admin/workers?url={old.url}")
-            assert pool.base_of("planner") == "base-2"
-            for _ in range(3):
-                assert (await system.chat(user="s")).status == 200
-            assert (await running).status == 200
-            assert [len(worker.seen) for worker in (old, new, *system.prefill)] == [1, 3, 1, 3]
-            assert (await system.get("/health")).status == 200
+        base, new = (
+            FakeWorker(info(role, model, base_fingerprint="base-2"))
+            for role, model in ((Role.PREFILL, "base"), (Role.DECODE, "planner"))
+        )
+        try:
+            async with running_system(decode={"planner": 1}, admin_api_key="k") as system:
+                pool, old = system.router.pool, system.decode["planner"][0]
+                for worker in (base, new):
+                    await worker.start()
+                    await system.admin("POST", "/admin/workers", {"url": worker.url})
+                await until(lambda: "served on base-1" in str(pool[new.url].reason))
+                old.behave = "slow:0.3"
+                running = asyncio.create_task(system.chat(user="s"))
+                await old.arrived.wait()
+                await system.admin("DELETE", f"/admin/workers?url={old.url}")
+                assert pool.base_of("planner") == "base-2"
+                for _ in range(3):
+                    assert (await system.chat(user="s")).status == 200
+                assert (await running).status == 200
+                assert [len(worker.seen) for worker in (old, new, system.prefill[0], base)] == [1, 3, 1, 3]
+                assert (await system.get("/health")).status == 200
+        finally:
+            for worker in (base, new):
+                await worker.stop()
 
     run(scenario())
 
