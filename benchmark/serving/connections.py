@@ -1,9 +1,9 @@
-"""What do clients that do not behave cost the router: those that idle, read slowly, send half a request, or never leave?
+"""What do clients that misbehave cost the router: that idle, read slowly, send half a request, or never come to its end?
 
-Stub workers answer at once, a slow reader asks for an answer of some megabytes, and one well-behaved client asks all the
-while. The router's memory is looked at before, at its peak, and after all have left; nothing may be in flight then.
-Writes out/bench/connections/summary.json; the exit status is 1 if memory grew by more than --limit-mib, the good client
-was not answered every time, or something stayed.
+Stub workers answer at once, a slow reader asks for an answer of some megabytes, and one well-behaved client asks all
+the while. The router's memory is looked at before, at its peak, and after all have left; nothing may be in flight
+then. Writes out/bench/connections/summary.json; the exit status is 1 if memory grew by more than --limit-mib, the good
+client was not answered every time, or something stayed.
 
     python benchmark/serving/connections.py
 """
@@ -61,9 +61,10 @@ def main(idle: int, slow: int, half: int, endless: int, seconds: float, limit_mi
         stubs.join(timeout=30)
     good = found["good"]
     click.echo(
-        f"router {found['before_mib']:.0f} MiB before, {found['peak_mib']:.0f} at most, {found['after_mib']:.0f} after; "
-        f"the good client: {good['answers']} answers, {good['failures']} failures, p50 {good['p50_ms']:.1f} ms, "
-        f"p99 {good['p99_ms']:.1f} ms; left in flight: {found['left']:g}"
+        f"router {found['before_mib']:.0f} MiB before, {found['peak_mib']:.0f} at most, "
+        f"{found['after_mib']:.0f} after; left in flight: {found['left']:g}; "
+        f"the good client: {good['answers']} answers, {good['failures']} failures, "
+        f"p50 {good['p50_ms']:.1f} ms, p99 {good['p99_ms']:.1f} ms"
     )
     summary = {
         "command": " ".join(["python", *sys.argv]),
