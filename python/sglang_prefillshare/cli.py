@@ -29,6 +29,15 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
+_log_format = click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="How stderr is written; json is an object a line, and the router adds one for every finished call.",
+)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command and exit: 0 if it did what was asked, 2 for a wrong call or setting, 1 for any other failure."""
     sys.exit(run(argv))
@@ -72,6 +81,7 @@ def cli() -> None:
     help="Start workers with this, e.g. 'numactl -N0 python -m sglang.launch_server'.",
 )
 @click.option("--router-command", metavar="COMMAND", hidden=True)
+@_log_format
 def up(
     topology: Path,
     log_dir: Path | None,
@@ -83,6 +93,7 @@ def up(
     terminate_grace: float,
     worker_command: str | None,
     router_command: str | None,
+    log_format: str,
 ) -> int:
     """Start and supervise a whole TOPOLOGY (YAML) on this machine until Ctrl-C.
 
@@ -96,23 +107,28 @@ def up(
     from sglang_prefillshare.process import StopGrace
     from sglang_prefillshare.restarts import RestartPolicy
 
+    router = ROUTER_COMMAND if router_command is None else tuple(shlex.split(router_command))
+    if log_format != "text":
+        router += ("--log-format", log_format)
     options = DeploymentOptions(
         ready_timeout_s=ready_timeout,
         start_concurrency=start_concurrency,
         grace=StopGrace(interrupt_s=interrupt_grace, terminate_s=terminate_grace),
         log_dir=log_dir,
         worker_command=WORKER_COMMAND if worker_command is None else tuple(shlex.split(worker_command)),
-        router_command=ROUTER_COMMAND if router_command is None else tuple(shlex.split(router_command)),
+        router_command=router,
         restarts=None if fail_fast else RestartPolicy(),
     )
-    return _serve_topology(load_topology(topology), options, json_ready)
+    return _serve_topology(load_topology(topology), options, json_ready, log_format)
 
 
-def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path | None) -> int:
+def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path | None, log_format: str) -> int:
     from sglang_prefillshare.deployment import Deployment, StopRequestedError, ready_file
     from sglang_prefillshare.display import Display
+    from sglang_prefillshare.json_display import JsonDisplay
 
-    with Display(errors_only=options.log_dir is not None) as display:
+    kind: type[Display | JsonDisplay] = JsonDisplay if log_format == "json" else Display
+    with kind(errors_only=options.log_dir is not None) as display:
         deployment = Deployment(topology, options=options, observer=display)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: deployment.request_stop())
@@ -143,6 +159,16 @@ def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path 
     envvar="PREFILLSHARE_ADMIN_API_KEY",
     help="Who shows this key may add and remove workers and modules. [default: nobody]",
 )
+@click.option(
+    "--api-keys-file",
+    type=_FILE,
+    help="Ask clients for one of the keys in this file (`prefillshare keys add`), everywhere but at probes.",
+)
+@click.option(
+    "--cors-origin", "cors_origins", multiple=True, metavar="ORIGIN", help="Web pages of it may ask; * is any. Repeat."
+)
+@click.option("--response-store-mib", type=int, help="MiB of /v1/responses' answers to go on from; 0 keeps none.")
+@click.option("--otlp-endpoint", metavar="URL", help="Send spans of calls and legs there (extra `otel`).")
 @click.option("--connect-timeout", "connect_timeout_s", type=float, help="Seconds to connect to a worker.")
 @click.option("--request-timeout", "request_timeout_s", type=float, help="Seconds a whole answer may take.")
 @click.option("--drain-timeout", "drain_timeout_s", type=float, help="Seconds a prefill leg may outlive its answer.")
@@ -176,11 +202,13 @@ def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path 
     show_default=True,
     help="What is told on stderr; from info on, every worker that becomes ready, does not fit, or goes down.",
 )
+@_log_format
 def route(
     prefill: tuple[str, ...],
     decode: tuple[str, ...],
     sources: tuple[str, ...],
     log_level: str,
+    log_format: str,
     no_admission: bool,
     **settings: Any,
 ) -> None:
@@ -188,7 +216,8 @@ def route(
 
     Workers come and go while it runs, as --workers and the admin endpoints say; docs/architecture.md has them.
     """
-    _log_to_stderr(log_level)
+    _log_to_stderr(log_level, log_format)
+    from sglang_prefillshare.routing.app import Router
     from sglang_prefillshare.routing.config import AdmissionConfig, BreakerConfig, PolicyConfig, RouterConfig
     from sglang_prefillshare.routing.membership import parse_source
     from sglang_prefillshare.routing.sources import check_sources
@@ -201,6 +230,8 @@ def route(
         modules.setdefault(name, []).append(url)
     # Defaults are the config's own, so what was not given is not passed on.
     given = {key: value for key, value in settings.items() if value is not None}
+    if "response_store_mib" in given:
+        given["response_store_bytes"] = given.pop("response_store_mib") * 1024 * 1024
     policy_keys = (
         "load_margin_tokens", "load_margin_requests", "load_margin_ratio", "session_margin", "home_margin",
         "min_prefix_tokens",
@@ -230,8 +261,10 @@ def route(
     check_sources(config.sources)
 
     from sglang_prefillshare.routing.server import serve
+    from sglang_prefillshare.routing.telemetry import log_call
 
-    serve(config)
+    router = Router(config, on_finished=log_call) if log_format == "json" else Router(config)
+    serve(config, router=router)
 
 
 @cli.command("workers")
@@ -254,11 +287,31 @@ def show_workers(router: str, as_json: bool, timeout_s: float) -> None:
         show(told, console=console if console.is_terminal else Console(highlight=False, width=_PIPED_COLUMNS))
 
 
-def _log_to_stderr(level: str) -> None:
+def _log_to_stderr(level: str, log_format: str) -> None:
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    if log_format == "json":
+        from sglang_prefillshare.json_logs import JsonFormatter
+
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(JsonFormatter())
     # Of the libraries' own steps (server started, connection opened) nobody needs a line unless something is wrong.
     for name in ("uvicorn", "asyncio", "aiohttp"):
         logging.getLogger(name).setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
+
+
+@cli.group()
+def keys() -> None:
+    """The keys of the router's clients."""
+
+
+@keys.command("add")
+@click.argument("name")
+@click.option("--file", "path", type=_FILE, required=True, help="The file; made, for you alone, if there is none.")
+def keys_add(name: str, path: Path) -> None:
+    """Make a key for NAME: it is printed once, and its hash is added to the file. A router that runs notices."""
+    from sglang_prefillshare.routing.keys import add_key
+
+    click.echo(add_key(path, name))
 
 
 @cli.group("eval")

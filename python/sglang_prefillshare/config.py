@@ -240,11 +240,14 @@ def yaml_error(error: yaml.YAMLError, source: str) -> ConfigError:
     return ConfigError(f"{where}: not valid YAML: {error.problem or error.context}.")
 
 
-def flags_of(args: Mapping[str, ArgValue]) -> list[str]:
-    """`args` as command-line arguments."""
+def flags_of(args: Mapping[str, ArgValue], *, is_repeated: bool = False) -> list[str]:
+    """`args` as command-line arguments. A list follows its flag, or repeats it for each value."""
     flags: list[str] = []
     for name, value in args.items():
         if value is None or value is False:
+            continue
+        if isinstance(value, tuple) and is_repeated:
+            flags += [part for item in value for part in (f"--{name}", item)]
             continue
         flags.append(f"--{name}")
         if isinstance(value, tuple):

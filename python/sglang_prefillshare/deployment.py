@@ -735,7 +735,7 @@ def plan_router(
         host=router.host,
         port=port,
         bootstrap_port=None,
-        command=(*command, *flags_of(router.args)),
+        command=(*command, *flags_of(router.args, is_repeated=True)),
         env={**environ, **_UNBUFFERED, **({} if api_key is None else {API_KEY_VARIABLE: api_key})},
         ready_paths=("/health",),
     )

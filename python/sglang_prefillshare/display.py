@@ -28,6 +28,16 @@ _END_NOISE: Final = re.compile(r"nanobind|^ - leaked |^ - \.\.\. skipped")
 _REMINDER_S: Final = 15.0
 
 
+def is_told(worker: Worker, line: str) -> bool:
+    """Whether a line of a worker is of any use to a person."""
+    return bool(line) and not (worker.state is State.STOPPING and _END_NOISE.search(line))
+
+
+def is_error(worker: Worker, line: str) -> bool:
+    """Whether it tells of an error. A server that is interrupted says so in a traceback, which is none to tell."""
+    return worker.state is not State.STOPPING and _ERROR.search(line) is not None
+
+
 class Display:
     """A `deployment.Observer`. On a terminal a table that keeps itself current while there is something to wait for,
     else a line per change. With `errors_only`, the workers' lines go elsewhere and only those that tell of an
@@ -69,11 +79,7 @@ class Display:
             self._tell(worker, "ended")
 
     def on_line(self, worker: Worker, line: str) -> None:
-        if worker.state is State.STOPPING and _END_NOISE.search(line):
-            return
-        # A server that is interrupted says so in a traceback, which is no error to tell.
-        is_error = worker.state is not State.STOPPING and _ERROR.search(line)
-        if line and (is_error or not self._errors_only):
+        if is_told(worker, line) and (is_error(worker, line) or not self._errors_only):
             # A worker may colour its lines itself: keep that on a terminal, drop it elsewhere.
             self._print(worker, Text.from_ansi(line))
 

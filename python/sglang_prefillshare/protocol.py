@@ -26,6 +26,12 @@ MODULE_HEADER: Final = "x-smg-routing-key"
 """On a prefill leg: the decode module that the prompt is prefilled for. SGLang carries this header into the
 scheduler as `routing_key`; its `/generate` endpoint reads the body field `routing_key` instead."""
 
+RID_HEADER: Final = "x-prefill-share-rid"
+"""On a leg whose API has no field for it (Anthropic's): what the leg is called on its worker."""
+
+ADAPTER_HEADER: Final = "x-prefill-share-adapter"
+"""On a decode leg whose API names none (OpenAI's responses): the module, where the worker has several."""
+
 PROMPT_TOKENS_HEADER: Final = "x-prefill-share-prompt-tokens"
 CACHED_TOKENS_HEADER: Final = "x-prefill-share-cached-tokens"
 CROSS_MODEL_HEADER: Final = "x-prefill-share-cross-model-cached-tokens"

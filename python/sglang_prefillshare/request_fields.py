@@ -34,7 +34,10 @@ MAX_OWN_STOPS: Final = 64
 """Ends of a turn that a model may have of its own, at most."""
 MAX_TOP_LOGPROBS: Final = 1024
 MAX_BATCH: Final = 1024
-"""Prompts of one request. Each is a request of its own to two workers, and can be two bytes of a body."""
+"""Prompts of one request, each times its samples. Each is a request of its own to two workers, and can be two bytes of
+a body."""
+MAX_SAMPLES: Final = 128
+"""`n` of a request, as OpenAI has it."""
 
 _INT32: Final = 2**31 - 1
 _INT64: Final = 2**63 - 1
@@ -49,11 +52,13 @@ class Limits:
     """What the workers that a request is for can index and hold; None where nobody has said.
 
     `context_length` is in tokens. A text of over `max_prompt_bytes` bytes of UTF-8 has more tokens than that.
+    `max_samples` bounds `n`.
     """
 
     vocab_size: int | None = None
     context_length: int | None = None
     max_prompt_bytes: int | None = None
+    max_samples: int = MAX_SAMPLES
 
 
 NO_LIMITS: Final = Limits()
@@ -96,6 +101,10 @@ def flag(name: str, value: Any, limits: Limits) -> None:
 def token_count(name: str, value: Any, limits: Limits) -> None:
     """New tokens: 0 or more; how many fit is the worker's to say, which knows the prompt's length."""
     integer(0, _INT32)(name, value, limits)
+
+
+def samples(name: str, value: Any, limits: Limits) -> None:
+    integer(1, limits.max_samples)(name, value, limits)
 
 
 def top_logprobs(name: str, value: Any, limits: Limits) -> None:
@@ -293,7 +302,7 @@ SAMPLING_PARAMS: Final[Mapping[str, Check]] = {
     "max_new_tokens": token_count,
     "min_new_tokens": token_count,
     "sampling_seed": integer(-_INT64 - 1, _INT64),
-    "n": integer(1, 1),
+    "n": samples,
     "beam_width": no_beam_search,
     "use_beam_search": no_beam_search,
     "watermark": watermark,
@@ -347,7 +356,35 @@ OPENAI: Final[Mapping[str, Check]] = {
     "seed": integer(-_INT64 - 1, _INT64),
     "top_logprobs": top_logprobs,
     "response_format": response_format,
+    "n": samples,
 }
+
+MESSAGES: Final[Mapping[str, Check]] = {
+    **EVERYWHERE,
+    **{name: SAMPLING[name] for name in ("temperature", "top_p", "top_k")},
+    "max_tokens": token_count,
+    "stop_sequences": texts(MAX_STOP_CHARS),
+    "output_config": response_format,
+}
+"""At the top of Anthropic's `/v1/messages`."""
+
+RESPONSES_HEADROOM: Final = 2
+"""What SGLang takes off `max_output_tokens`."""
+
+RESPONSES: Final[Mapping[str, Check]] = {
+    **EVERYWHERE,
+    **{
+        name: SAMPLING[name]
+        for name in (
+            *("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty"),
+            *("repetition_penalty", "stop"),
+        )
+    },
+    "max_output_tokens": integer(1 + RESPONSES_HEADROOM, _INT32),
+    "top_logprobs": top_logprobs,
+    "text": response_format,
+}
+"""At the top of OpenAI's `/v1/responses`."""
 
 
 def check_fields(fields: Mapping[str, Check], values: Mapping[str, Any], limits: Limits, *, inside: str = "") -> None:
@@ -388,9 +425,14 @@ def check_stops(values: Mapping[str, Any], minimum: str, limits: Limits, *, insi
         )
 
 
-def check_batch(name: str, size: int) -> None:
+def check_batch(name: str, size: int, samples: int = 1) -> None:
     if size > MAX_BATCH:
         raise FieldError(f"{name} has {size} prompts, wanted at most {MAX_BATCH}. Send several requests.")
+    if size * samples > MAX_BATCH:
+        raise FieldError(
+            f"{name} has {size} prompts and n is {samples}: {size * samples} answers, wanted at most {MAX_BATCH}. "
+            "Send several requests."
+        )
 
 
 def check_text(name: str, text: str, limits: Limits) -> None:

@@ -258,3 +258,28 @@ def test_a_router_that_knows_addresses_alone_finds_the_modules_and_loses_them_ag
     answer, gone, names = asyncio.run(run())
     adapter_oracles["reviewer"].check(prompt, answer.token_ids, NEW_TOKENS)
     assert gone.status == 404 and names == []
+
+
+def test_every_api_asks_the_module_that_it_names(deployment: Deployment, adapters: dict[str, Path]) -> None:
+    messages = [{"role": "user", "content": "Which adapter are you, and who wants to know?"}]
+
+    async def said(module: str) -> list[str]:
+        async with session() as client:
+
+            async def asked(path: str, body: dict[str, Any]) -> Any:
+                answer = await post(client, deployment.router_url + path, {"model": module, "temperature": 0, **body})
+                assert answer.status == 200, answer
+                return answer.body
+
+            chat = await asked("/v1/chat/completions", {"messages": messages, "max_tokens": NEW_TOKENS, "n": 2})
+            told = await asked("/v1/messages", {"messages": messages, "max_tokens": NEW_TOKENS})
+            responded = await asked("/v1/responses", {"input": messages, "max_output_tokens": NEW_TOKENS + 2})
+            return [
+                *(choice["message"]["content"] for choice in chat["choices"]),
+                told["content"][0]["text"],
+                responded["output"][0]["content"][0]["text"],
+            ]
+
+    texts = {module: asyncio.run(said(module)) for module in adapters}
+    assert all(len(found) == 4 and len(set(found)) == 1 for found in texts.values()), texts
+    assert len({found[0] for found in texts.values()}) == len(adapters)

@@ -332,3 +332,15 @@ def test_clients_that_leave_take_nothing_along(unified: Unified) -> None:
 
     load = asyncio.run(run())
     assert (load["num_used_tokens"], load["num_running_reqs"], load["num_waiting_reqs"]) == (0, 0, 0)
+
+
+def test_n_answers_are_each_the_oracles(unified: Unified) -> None:
+    prompts = {name: clear_prompt(oracle, 70, NEW_TOKENS, seed=31) for name, oracle in unified.oracles.items()}
+    jobs = []
+    for name, prompt in prompts.items():
+        body = greedy(prompt, NEW_TOKENS)
+        jobs.append((name, {**body, "sampling_params": {**body["sampling_params"], "n": 3}}))
+    for (name, _), answer in zip(jobs, ask_all(unified, jobs), strict=True):
+        assert answer.status == 200 and len(answer.body) == 3, answer
+        for item in answer.body:
+            unified.oracles[name].check(prompts[name], item["output_ids"], NEW_TOKENS)

@@ -10,7 +10,8 @@ import pytest
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_prefillshare.host.http.requests import check_lists
-from sglang_prefillshare.host.http.routes import generate_request
+from sglang_prefillshare.host.http.routes import LegMiddleware, generate_request
+from sglang_prefillshare.protocol import ADAPTER_HEADER, MODULE_HEADER, RID_HEADER
 from sglang_prefillshare.request_fields import (
     GENERATE,
     MAX_BATCH,
@@ -71,3 +72,39 @@ def test_what_sglangs_own_endpoints_set_passes() -> None:
     chat = ChatCompletionRequest(model="m", messages=[{"role": "user", "content": "x"}], max_tokens=4)
     check_sampling_params(chat.to_sampling_params([], {}, None), NO_LIMITS)
     check_fields(GENERATE, {"received_time": 1795752000.5, "routed_dp_rank": None}, NO_LIMITS)
+
+
+async def asked(middleware_options: dict[str, Any], path: str, headers: dict[str, str], obj: Any) -> list[Any]:
+    """What a client is sent by a worker whose endpoint generates for `obj`."""
+    sent: list[Any] = []
+
+    async def original(self: Any, obj: Any, request: Any) -> AsyncIterator[Any]:
+        yield {"meta_info": {}}
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async for _ in generate_request(original, None, obj):
+            await send({"type": "http.response.start", "status": 200})
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+    scope = {"type": "http", "method": "POST", "path": path, "headers": raw}
+    await LegMiddleware(app, **middleware_options)(scope, None, send)
+    return sent
+
+
+def test_a_leg_is_called_what_its_headers_say_where_its_api_has_no_name() -> None:
+    headers = {RID_HEADER: "leg", MODULE_HEADER: "coder", ADAPTER_HEADER: "coder-é"}
+    for fields, wanted in (
+        ({}, ("leg", "coder", "coder-é")),
+        ({"rid": "own", "routing_key": "own", "lora_path": "own"}, ("own", "own", "own")),
+    ):
+        obj = GenerateReqInput(text="a", **fields)
+        asyncio.run(asked({}, "/v1/messages", headers, obj))
+        assert (obj.rid, obj.routing_key, obj.lora_path) == wanted
+
+
+def test_responses_that_sglang_has_turned_off_are_refused_with_what_is_missing() -> None:
+    start, body = asyncio.run(asked({"has_responses": lambda: False}, "/v1/responses", {}, None))
+    assert start["status"] == 501 and b"openai-harmony" in body["body"]

@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from sglang_prefillshare.deployment import Deployment  # noqa: E402
-from sglang_prefillshare.request_fields import GENERATE, OPENAI, SAMPLING_PARAMS  # noqa: E402
+from sglang_prefillshare.request_fields import GENERATE, MESSAGES, OPENAI, RESPONSES, SAMPLING_PARAMS  # noqa: E402
 from test.support.models import make_base, make_decode_module, sample_prompt  # noqa: E402
 from test.support.servers import deploy, greedy, post, processes, session, topology, until_idle  # noqa: E402
 
@@ -92,6 +92,12 @@ likely: dict[str, st.SearchStrategy[Any]] = {
     "return_flat_raw_output_top_logprobs": st.booleans(),
     "top_logprobs": st.integers(0, 20),
     "priority": st.integers(-5, 5),
+    "n": st.integers(1, 3),
+    "stop_sequences": st.sampled_from((["a"], ["b", "cd"], [])),
+    "instructions": st.just("Be brief."),
+    "system": st.sampled_from(("Be brief.", [{"type": "text", "text": "Be brief."}])),
+    "thinking": st.sampled_from(({"type": "disabled"}, {"type": "enabled", "budget_tokens": 1024})),
+    "previous_response_id": st.just("resp_none"),
     "rid": st.sampled_from(("a", "a_0", "", ["a", "b"])),
     "response_format": st.sampled_from(({"type": "json_object"}, {"type": "structural_tag", "structures": []})),
     "custom_params": st.dictionaries(names, plain, max_size=2),
@@ -124,8 +130,9 @@ def fields_of(table_names: Iterable[str]) -> st.SearchStrategy[dict[str, Any]]:
 
 
 def requests() -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
-    """Endpoint and body, over every field that SGLang's three endpoints have."""
-    from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
+    """Endpoint and body, over every field that SGLang's endpoints have."""
+    from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+    from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest, ResponsesRequest
     from sglang.srt.managers.io_struct import GenerateReqInput
 
     own = {"model", "prompt", "messages", "input_ids", "text", "sampling_params", "max_tokens"}
@@ -154,7 +161,22 @@ def requests() -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
         st.one_of(st.just("hello there"), st.just(["a b", "c d"]), right_ids, prompts | values),
         fields_of(list((CompletionRequest.model_fields.keys() | OPENAI.keys()) - own)),
     )
-    return st.one_of(generate, chat, completion)
+    said = st.sampled_from(("hello", [{"type": "text", "text": "hello"}], [{"type": "image"}], [], None))
+    turns = st.lists(
+        st.fixed_dictionaries({"role": st.sampled_from(("user", "assistant", "system", "tool")), "content": said}),
+        max_size=3,
+    )
+    messages = st.builds(
+        lambda messages, more: ("/v1/messages", {"messages": messages, "max_tokens": 4, **more}),
+        st.one_of(st.just([{"role": "user", "content": "hello"}]), turns, values),
+        fields_of((AnthropicMessagesRequest.model_fields.keys() | MESSAGES.keys()) - own),
+    )
+    responses = st.builds(
+        lambda said, more: ("/v1/responses", {"input": said, "max_output_tokens": 4, **more}),
+        st.one_of(st.just("hello there"), turns, values),
+        fields_of((ResponsesRequest.model_fields.keys() | RESPONSES.keys()) - own - {"input"}),
+    )
+    return st.one_of(generate, chat, completion, messages, responses)
 
 
 @dataclass

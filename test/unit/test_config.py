@@ -192,3 +192,10 @@ def test_a_file_that_cannot_be_read_is_told(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load_topology(tmp_path / "binary.yaml")
+
+
+def test_a_list_follows_its_flag_or_repeats_it() -> None:
+    args = {"cors-origin": ("https://a.example", "*"), "log-format": "json", "off": False, "on": True}
+    rest = ["--log-format", "json", "--on"]
+    assert flags_of(args) == ["--cors-origin", "https://a.example", "*", *rest]
+    assert flags_of(args, is_repeated=True) == ["--cors-origin", "https://a.example", "--cors-origin", "*", *rest]

@@ -101,8 +101,9 @@ HTTP: Final = (
     Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager.generate_request", "http.routes:generate_request",
         "around", ("self", "obj", "request"),
-        why="a leg's token counts; lists that fit no batch", changes=_NOTHING,
-        retire_when="plugins see a request's meta information, and SGLang checks its batches",
+        why="a leg's token counts and name; lists that fit no batch; n answers over one prefill",
+        changes="rid and routing_key of a request that has none; the order in which n answers are asked for",
+        retire_when="plugins see a request's meta information, and SGLang checks its batches and samples n times in PD",
     ),
     Seam(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._tokenize_texts", "http.requests:tokenize_texts",

@@ -30,6 +30,48 @@ def error_body(status: int, message: str, *, kind: str, param: Any = None) -> di
     return {"error": {"object": "error", "message": message, "type": kind, "param": param, "code": status}}
 
 
+_ANTHROPIC_KINDS: Final = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_ANTHROPIC_STATUSES: Final = {kind: status for status, kind in _ANTHROPIC_KINDS.items()}
+
+
+def error_for(endpoint: Endpoint, status: int, message: str, *, kind: str, param: Any = None) -> dict[str, Any]:
+    """An error as the clients of an endpoint read it."""
+    if endpoint is Endpoint.MESSAGES:
+        known = _ANTHROPIC_KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
+        return {"type": "error", "error": {"type": known, "message": message}}
+    return error_body(status, message, kind=kind, param=param)
+
+
+def error_for_path(path: str, status: int, message: str, *, kind: str) -> dict[str, Any]:
+    """Likewise, where no endpoint was found, or is to be."""
+    endpoint = Endpoint.MESSAGES if Endpoint.MESSAGES in path else Endpoint.CHAT
+    return error_for(endpoint, status, message, kind=kind)
+
+
+def error_event_for(endpoint: Endpoint, status: int, message: str, *, kind: str) -> bytes:
+    """The event that ends a stream with an error."""
+    error = error_for(endpoint, status, message, kind=kind)
+    match endpoint:
+        case Endpoint.MESSAGES:
+            name = b"event: error\n"
+        case Endpoint.RESPONSES:
+            # The API has the fields at the top; its Python client raises for an `error` object alone.
+            name = b"event: error\n"
+            top = {"type": "error", "code": str(status), "message": message, "param": None, "sequence_number": 0}
+            error = {**top, **error}
+        case _:
+            name = b""
+    return name + b"data: " + _json.dumps(error) + _EVENT_END
+
+
 class ClientIds:
     """Puts the client's ids in the place of a pair's own, which are unguessable and so occur nowhere else."""
 
@@ -67,11 +109,19 @@ def failure_in_events(events: bytes) -> tuple[bytes, WorkerFailure | None]:
         return events, None
     passed = b""
     for event in events.split(_EVENT_END):
-        failure = failure_in(event.removeprefix(b"data:").strip()) if event.startswith(b"data:") else None
+        data = event_data(event)
+        failure = failure_in(data) if data is not None else None
         if failure is not None:
             return passed, failure
         passed += event + _EVENT_END if event else b""
     return passed, None
+
+
+def event_data(event: bytes) -> bytes | None:
+    """The data of an event, with or without a name before it; None where it has none."""
+    if event.startswith(b"event:"):
+        event = event.partition(b"\n")[2]
+    return event.removeprefix(b"data:").strip() if event.startswith(b"data:") else None
 
 
 def failure_in(answer: bytes) -> WorkerFailure | None:
@@ -102,6 +152,8 @@ def _parts(parsed: Any) -> Iterator[dict[str, Any]]:
         if not isinstance(item, dict):
             continue
         yield item
+        if item.get("type") == "response.failed" and isinstance(item.get("response"), dict):
+            yield item["response"]
         choices = item.get("choices")
         yield from (choice for choice in (choices if isinstance(choices, list) else []) if isinstance(choice, dict))
         if isinstance(item.get("meta_info"), dict):
@@ -113,9 +165,9 @@ def _is_error_status(status: Any) -> TypeGuard[int]:
 
 
 def client_error(endpoint: Endpoint, status: int, content_type: bytes, body: bytes) -> tuple[bytes, bytes]:
-    """A worker's error as (content type, body) for the client: one form on the OpenAI endpoints, and no file paths.
+    """A worker's error as (content type, body) for the client: in the endpoint's form, and no file paths.
 
-    SGLang has three of its own, flat, nested and FastAPI's; `/generate` keeps what it says.
+    SGLang has several of its own, flat, nested, Anthropic's and FastAPI's; `/generate` keeps what it says.
     """
     try:
         parsed = _json.loads(body)
@@ -126,7 +178,7 @@ def client_error(endpoint: Endpoint, status: int, content_type: bytes, body: byt
         parsed["error"] = {**error, "message": without_paths(str(error.get("message", "")))}
         return b"application/json", _json.dumps(parsed)
     code, message, kind, param = _read_error(parsed, status)
-    return b"application/json", _json.dumps(error_body(code, message, kind=kind, param=param))
+    return b"application/json", _json.dumps(error_for(endpoint, code, message, kind=kind, param=param))
 
 
 def _read_error(parsed: Any, status: int) -> tuple[int, str, str, Any]:
@@ -138,6 +190,8 @@ def _read_error(parsed: Any, status: int) -> tuple[int, str, str, Any]:
         text = error if isinstance(error, str) else _json.dumps(error).decode()
         return status, without_paths(text), "worker_error" if status >= 500 else "invalid_request_error", None
     code = error.get("code")
+    if code is None and isinstance(parsed, dict) and parsed.get("type") == "error":
+        code = _ANTHROPIC_STATUSES.get(str(error.get("type")))
     kind = str(error.get("type") or ("worker_error" if status >= 500 else "invalid_request_error"))
     return (
         code if _is_error_status(code) else status,

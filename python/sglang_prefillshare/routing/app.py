@@ -9,13 +9,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any, Final
 
 import aiohttp
 from prometheus_client.metrics_core import Metric
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -26,33 +28,52 @@ from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.routing import _json
 from sglang_prefillshare.routing.adapters import Adapters
 from sglang_prefillshare.routing.admin import Admin
-from sglang_prefillshare.routing.answers import error_body
+from sglang_prefillshare.routing.answers import error_body, error_for_path
 from sglang_prefillshare.routing.board import Board
+from sglang_prefillshare.routing.client import ClientGoneError, read_body
 from sglang_prefillshare.routing.config import RouterConfig
 from sglang_prefillshare.routing.dispatch import Dispatcher
+from sglang_prefillshare.routing.keys import CALLER_SCOPE, KeyFile, KeyGate
 from sglang_prefillshare.routing.legs import Legs
 from sglang_prefillshare.routing.prefix_index import PrefixIndex
-from sglang_prefillshare.routing.request import Endpoint
+from sglang_prefillshare.routing.request import REQUEST_ID_HEADER, SESSION_HEADER, Endpoint, RequestError, parse_request
+from sglang_prefillshare.routing.responses import ResponseStore
 from sglang_prefillshare.routing.roster import Roster
-from sglang_prefillshare.routing.telemetry import CallLog, Metrics
+from sglang_prefillshare.routing.telemetry import CallLog, CallRecord, Metrics
+from sglang_prefillshare.routing.tracing import Tracer
 from sglang_prefillshare.routing.worker_metrics import parse_handoff_families, sum_families
 from sglang_prefillshare.routing.workers import Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
 
+COUNT_TOKENS_PATH: Final = f"{Endpoint.MESSAGES}/count_tokens"
 KEEP_ALIVE_S: Final = 3.0
 """Idle connections to workers are closed before SGLang's server does it (5 s): a request that is sent into a closing
 connection is lost."""
 
 
 class Router:
-    """The state that the endpoints share. `running()` must be entered before requests are served."""
+    """The state that the endpoints share. `running()` must be entered before requests are served.
+
+    `tracer` is told of every call and leg (by default the one that `config` names), `on_finished` of every call once.
+    Raises `ConfigError` for keys that cannot be read, and where an extra is missing.
+    """
 
     pool_type: type[WorkerPool] = WorkerPool
     legs_type: type[Legs] = Legs
 
-    def __init__(self, config: RouterConfig) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        *,
+        tracer: Tracer | None = None,
+        on_finished: Callable[[CallRecord], None] = lambda _record: None,
+    ) -> None:
         self.config = config
+        self.keys = None if config.api_keys_file is None else KeyFile(config.api_keys_file)
+        self.responses = ResponseStore(max_bytes=config.response_store_bytes)
+        self._tracer = tracer or _tracer_for(config.otlp_endpoint)
+        self._on_finished = on_finished
         self.index = PrefixIndex(capacity_blocks=config.prefix_capacity_blocks)
         self.pool = self.pool_type(config, index=self.index)
         self.metrics = Metrics()
@@ -112,6 +133,9 @@ class Router:
                 session=self._session,
                 background=background,
                 legs_type=self.legs_type,
+                responses=self.responses,
+                tracer=self._tracer,
+                on_finished=self._on_finished,
             )
             self._adapters = Adapters(
                 self.config,
@@ -132,6 +156,7 @@ class Router:
                 self.board.stop()
                 self._roster.stop()
                 self._adapters.stop()
+        await asyncio.to_thread(self._tracer.close)
 
     async def _poll(self, worker: Worker) -> None:
         await self._poll_once(worker)
@@ -155,7 +180,20 @@ class Router:
             receive=receive,
             send=send,
             path_module=scope.get("path_params", {}).get("model"),
+            caller=scope.get(CALLER_SCOPE),
         )
+
+    async def kept_response(self, request: Request) -> Response:
+        kept = self.responses.find(request.path_params["id"], caller=request.scope.get(CALLER_SCOPE))
+        if kept is None:
+            raise HTTPException(404, f"The response {request.path_params['id']!r} is not known here (any more).")
+        return Response(kept.response, media_type="application/json")
+
+    async def forget_response(self, request: Request) -> Response:
+        name = request.path_params["id"]
+        if not self.responses.remove(name, caller=request.scope.get(CALLER_SCOPE)):
+            raise HTTPException(404, f"The response {name!r} is not known here (any more).")
+        return JSONResponse({"id": name, "object": "response", "deleted": True})
 
     # -- what the router knows
 
@@ -326,12 +364,38 @@ class Router:
             return JSONResponse({"flushed": len(workers) - len(failed), "failed": failed}, status_code=status)
         return JSONResponse({"flushed": len(workers), "failed": []})
 
-    async def _ask_first_ready(self, workers: Iterable[Worker], path: str, request: Request) -> Response:
+    async def count_tokens(self, request: Request) -> Response:
+        """How long a prompt of `/v1/messages` is, by a worker of the module; checked as one that is to be served."""
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        try:
+            raw = await read_body(
+                request.receive, headers.get("content-length", ""), max_bytes=self.config.max_body_bytes
+            )
+            parsed = parse_request(
+                Endpoint.MESSAGES,
+                raw,
+                headers=headers,
+                modules=self.pool.modules,
+                path_module=request.path_params.get("model"),
+                limits_of=self.pool.limits,
+            )
+        except RequestError as error:
+            raise HTTPException(error.status, error.message) from error
+        except ClientGoneError:
+            return Response(status_code=499)
+        body = _json.dumps({**parsed.body, "model": parsed.module})
+        return await self._ask_first_ready(self.pool.decode[parsed.module], COUNT_TOKENS_PATH, request, body=body)
+
+    async def _ask_first_ready(
+        self, workers: Iterable[Worker], path: str, request: Request, *, body: bytes | None = None
+    ) -> Response:
+        """`body` is posted; without one the workers are only asked."""
         workers = list(workers)
         for worker in workers:
             if worker.is_ready:
-                status, content_type, body = await self._ask(worker, "GET", path, request)
-                return Response(body, status_code=status, headers={"content-type": content_type})
+                method = "GET" if body is None else "POST"
+                status, content_type, answer = await self._ask(worker, method, path, request, body=body)
+                return Response(answer, status_code=status, headers={"content-type": content_type})
         names = ", ".join(f"{worker.url} is {worker.status}" for worker in workers) or "there is none"
         raise HTTPException(503, f"No worker can answer {path}: {names}.")
 
@@ -340,25 +404,34 @@ class Router:
             tasks = [group.create_task(self._ask(worker, method, path, request)) for worker in workers]
         return [(status, _parsed(body)) for status, _, body in (task.result() for task in tasks)]
 
-    async def _ask(self, worker: Worker, method: str, path: str, request: Request) -> tuple[int, str, bytes]:
+    async def _ask(
+        self, worker: Worker, method: str, path: str, request: Request, *, body: bytes | None = None
+    ) -> tuple[int, str, bytes]:
         """One worker's answer; a worker that does not answer gives 502 and the reason. The client's own credentials
-        are used: the router's would let anyone administer the workers."""
+        are used: the router's would let anyone administer the workers. Not so where clients have keys of the router's:
+        no worker knows those."""
         headers = {}
         authorization = request.headers.get("authorization")
+        if self.keys is not None:
+            key = self.config.worker_api_key
+            authorization = None if key is None else f"Bearer {key}"
         if authorization is not None:
             headers["authorization"] = authorization
+        if body is not None:
+            headers["content-type"] = "application/json"
         try:
             async with self.session.request(
                 method,
                 worker.url + path,
                 params=dict(request.query_params),
                 headers=headers,
+                data=body,
                 timeout=aiohttp.ClientTimeout(
                     total=self.config.admin_timeout_s, sock_connect=self.config.connect_timeout_s
                 ),
             ) as response:
-                body = await response.read()
-                return response.status, response.headers.get("content-type", "application/json"), body
+                answer = await response.read()
+                return response.status, response.headers.get("content-type", "application/json"), answer
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             message = f"The {worker.label} did not answer {path}: {str(error) or type(error).__name__}."
             return 502, "application/json", _json.dumps(error_body(502, message, kind="worker_error"))
@@ -396,6 +469,11 @@ def create_app(config: RouterConfig, *, router: Router | None = None) -> Starlet
             Route(f"{prefix}{Endpoint.CHAT}", _Generation(router, Endpoint.CHAT), methods=["POST"]),
             Route(f"{prefix}{Endpoint.COMPLETIONS}", _Generation(router, Endpoint.COMPLETIONS), methods=["POST"]),
             Route(f"{prefix}{Endpoint.GENERATE}", _Generation(router, Endpoint.GENERATE), methods=["POST", "PUT"]),
+            Route(f"{prefix}{Endpoint.MESSAGES}", _Generation(router, Endpoint.MESSAGES), methods=["POST"]),
+            Route(f"{prefix}{COUNT_TOKENS_PATH}", router.count_tokens, methods=["POST"]),
+            Route(f"{prefix}{Endpoint.RESPONSES}", _Generation(router, Endpoint.RESPONSES), methods=["POST"]),
+            Route(f"{prefix}{Endpoint.RESPONSES}/{{id}}", router.kept_response, methods=["GET"]),
+            Route(f"{prefix}{Endpoint.RESPONSES}/{{id}}", router.forget_response, methods=["DELETE"]),
             Route(f"{prefix}/v1/models", router.models),
             Route(f"{prefix}/health", router.health),
             Route(f"{prefix}/model_info", router.model_info),
@@ -423,6 +501,7 @@ def create_app(config: RouterConfig, *, router: Router | None = None) -> Starlet
             *Admin(router).routes(),
             *routes("/m/{model:path}"),
         ],
+        middleware=_in_front(router),
         exception_handlers={HTTPException: _http_error},
         lifespan=lifespan,
     )
@@ -440,14 +519,47 @@ _KINDS: Final = {
 }
 
 
+def _in_front(router: Router) -> list[Middleware]:
+    """What stands before the endpoints, if it is asked for: it sees the head of an answer, and passes its bytes on."""
+    found = []
+    if router.config.cors_origins:
+        found.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=router.config.cors_origins,
+                allow_methods=("GET", "POST", "PUT", "DELETE"),
+                allow_headers=("*",),
+                expose_headers=(REQUEST_ID_HEADER, SESSION_HEADER, "retry-after"),
+            )
+        )
+    if router.keys is not None:  # behind the other: a browser asks whether it may ask without a key
+        found.append(Middleware(KeyGate, keys=router.keys))
+    return found
+
+
+def _tracer_for(endpoint: str | None) -> Tracer:
+    if endpoint is None:
+        return Tracer()
+    from sglang_prefillshare.routing.otel import otlp_tracer
+
+    return otlp_tracer(endpoint)
+
+
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if error.status_code == 405 and request.method == "OPTIONS" and error.headers is not None:
+        return Response(status_code=204, headers={"allow": f"{error.headers['Allow']}, OPTIONS"})
     kind = _KINDS.get(error.status_code, "invalid_request_error")
     message = error.detail
+    path = request.url.path
     if error.status_code == 404 and message == "Not Found":
-        message = f"The router has no {request.url.path}."
+        message = f"The router has no {path}."
+    elif error.status_code == 405 and error.headers is not None:
+        message = f"{request.method} does not go with {path}. It takes {error.headers['Allow']}."
     return JSONResponse(
-        error_body(error.status_code, message, kind=kind), status_code=error.status_code, headers=error.headers
+        error_for_path(path, error.status_code, message, kind=kind),
+        status_code=error.status_code,
+        headers=error.headers,
     )
 
 

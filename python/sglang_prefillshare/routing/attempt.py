@@ -13,6 +13,7 @@ from sglang_prefillshare.routing.failures import LegFailure
 from sglang_prefillshare.routing.placement import Placed
 from sglang_prefillshare.routing.request import ClientRequest, Pairing, draw_rids, draw_rooms
 from sglang_prefillshare.routing.telemetry import Timings
+from sglang_prefillshare.routing.tracing import CallTrace
 from sglang_prefillshare.routing.workers import Worker
 
 
@@ -30,6 +31,7 @@ class Job:
     """What legs are run for: the same for each pair of a call.
 
     `on_answered` is called before the last bytes of the answer are sent, if prefill's accounting is there by then.
+    `on_said` sees what the client is sent, whole events or a whole answer at a time, if anybody wants to keep it.
     """
 
     request: ClientRequest
@@ -38,6 +40,8 @@ class Job:
     timings: Timings
     deadline: asyncio.Timeout
     on_answered: Callable[[], None]
+    on_said: Callable[[bytes], None] | None = None
+    trace: CallTrace = field(default_factory=CallTrace)
 
     @property
     def authorization(self) -> str | None:
@@ -71,12 +75,17 @@ class Attempt:
 
     def __post_init__(self) -> None:
         host, port = self.prefill_worker.bootstrap
-        rids = draw_rids(len(self.job.request.rids))
+        request = self.job.request
+        rids = draw_rids(request.endpoint, len(request.answer_rids))
         self.pairing = Pairing(host, port, draw_rooms(len(rids)), rids)
 
     @property
     def prefill_worker(self) -> Worker:
         return self.placed.prefill.worker
+
+    def end_of(self, role: Role) -> LegEnd:
+        """How a leg ended, or that it did not yet."""
+        return self.prefill_end if role is Role.PREFILL else self.decode_end
 
     @property
     def is_answered(self) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, Final
 
 from sglang_prefillshare.routing import _json
-from sglang_prefillshare.routing.answers import error_body
+from sglang_prefillshare.routing.answers import error_event_for, error_for
 from sglang_prefillshare.routing.endings import Said
-from sglang_prefillshare.routing.request import REQUEST_ID_HEADER, RequestError
+from sglang_prefillshare.routing.request import REQUEST_ID_HEADER, Endpoint, RequestError
 
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -52,10 +52,11 @@ async def wait_until_gone(receive: Receive) -> None:
 
 
 class Reply:
-    """The answer to the client, whole or streamed, over ASGI's `send`."""
+    """The answer to the client, whole or streamed, over ASGI's `send`; errors are in the form of `endpoint`."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, endpoint: Endpoint) -> None:
         self._send = send
+        self._endpoint = endpoint
         self.request_id: str | None = None
         self.queue_ms: float | None = None
         """How long the request waited for room; None as long as it has not got that far."""
@@ -99,9 +100,9 @@ class Reply:
         headers = [(b"content-type", b"application/json")]
         if status in (429, 503):
             headers.append((b"retry-after", b"%d" % (_RETRY_AFTER_S if retry_after_s is None else retry_after_s)))
-        await self.whole(status, headers, _json.dumps(error_body(status, message, kind=kind)))
+        await self.whole(status, headers, _json.dumps(error_for(self._endpoint, status, message, kind=kind)))
 
     async def error_event(self, status: int, message: str, *, kind: str) -> None:
         """End a stream that has begun with an error as its last event, and without [DONE]."""
-        body = _json.dumps(error_body(status, message, kind=kind))
-        await self.finish((b"" if self._ends_event else b"\n\n") + b"data: " + body + b"\n\n")
+        event = error_event_for(self._endpoint, status, message, kind=kind)
+        await self.finish((b"" if self._ends_event else b"\n\n") + event)

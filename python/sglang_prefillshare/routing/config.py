@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
+from urllib.parse import urlsplit
 
 from sglang_prefillshare.errors import ConfigError
 from sglang_prefillshare.protocol import Role
@@ -154,7 +156,16 @@ class RouterConfig:
     stop_grace_s: float = 5.0
     """After SIGTERM or SIGINT, how long calls in flight may take to finish by themselves."""
 
+    api_keys_file: Path | None = None
+    """Keys that clients must have; workers then see `worker_api_key` and nothing of them."""
+    cors_origins: Sequence[str] = ()
+    """Web pages of these origins may ask; "*" is any."""
+    otlp_endpoint: str | None = None
+    """Where spans of calls and legs go, over OTLP and HTTP."""
+
     max_body_bytes: int = 64 * 1024 * 1024
+    response_store_bytes: int = 64 * 1024 * 1024
+    """Of responses that clients may go on from; 0 keeps none."""
     call_log_size: int = 1000
     session_capacity: int = 65_536
     session_live_s: float = 300.0
@@ -197,8 +208,14 @@ class RouterConfig:
         object.__setattr__(self, "decode", MappingProxyType(decode))
         object.__setattr__(self, "sources", tuple(self.sources))
 
+        object.__setattr__(self, "cors_origins", tuple(_checked_origin(origin) for origin in self.cors_origins))
+        if self.otlp_endpoint is not None:
+            object.__setattr__(self, "otlp_endpoint", checked_url(self.otlp_endpoint, "otlp_endpoint"))
+
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}, wanted 0 to 65535.")
+        if self.response_store_bytes < 0:
+            raise ConfigError(f"response_store_bytes is {self.response_store_bytes}, wanted 0 (none) or more.")
         for name in (
             *("connect_timeout_s", "poll_interval_s", "poll_timeout_s", "request_timeout_s"),
             *("drain_timeout_s", "loss_wait_s", "abort_timeout_s", "admin_timeout_s", "session_live_s"),
@@ -228,6 +245,23 @@ class RouterConfig:
             *(Member(url, Role.PREFILL) for url in self.prefill),
             *(Member(url, Role.DECODE, tuple(names)) for url, names in modules.items()),
         )
+
+
+def _checked_origin(origin: str) -> str:
+    if origin == "*":
+        return origin
+    try:
+        parts = urlsplit(origin)
+        _ = parts.port
+        is_origin = parts.scheme in ("http", "https") and bool(parts.hostname) and origin == origin.lower()
+    except ValueError:
+        is_origin = False
+    if not is_origin or parts.path or parts.query or parts.fragment or parts.username is not None:
+        raise ConfigError(
+            f"cors_origin is {origin!r}, wanted a web page's origin as browsers send it, such as "
+            "https://agents.example (scheme, host and port; no path, in lower case), or * for any."
+        )
+    return origin
 
 
 def _refuse_shared_urls(prefill: tuple[str, ...], decode: Mapping[str, tuple[str, ...]]) -> None:

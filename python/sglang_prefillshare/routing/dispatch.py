@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -30,13 +30,16 @@ from sglang_prefillshare.routing.prefix_index import PrefixIndex
 from sglang_prefillshare.routing.request import (
     REQUEST_ID_HEADER,
     ClientRequest,
+    Continued,
     Endpoint,
     RequestError,
     forwarded_headers,
     header_safe,
     parse_request,
 )
+from sglang_prefillshare.routing.responses import ResponseStore
 from sglang_prefillshare.routing.telemetry import CallLog, CallRecord, Metrics, Outcome, Timings
+from sglang_prefillshare.routing.tracing import CallTrace, Tracer
 from sglang_prefillshare.routing.workers import Worker, WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,8 @@ class Call:
     attempt: Attempt | None = None  # the last
     attempts: int = 0
     is_settled: bool = False
+    caller: str | None = None
+    trace: CallTrace = field(default_factory=CallTrace)
 
     def record(self, outcome: Outcome, *, status: int | None, error: str | None) -> CallRecord:
         request, attempt, timings = self.request, self.attempt, self.timings
@@ -91,13 +96,15 @@ class Call:
             outcome=outcome,
             error=error,
             started_at=timings.started_at,
+            caller=self.caller,
         )
 
 
 class Dispatcher:
     """Serves generation requests over the pool's workers.
 
-    `session` and `background` belong to the app: messages that outlive their request are sent in `background`.
+    `on_finished` is told of every call once. `session` and `background` belong to the app: messages that outlive their
+    request are sent in `background`.
     """
 
     def __init__(
@@ -111,11 +118,22 @@ class Dispatcher:
         session: aiohttp.ClientSession,
         background: asyncio.TaskGroup,
         legs_type: type[Legs] = Legs,
+        responses: ResponseStore | None = None,
+        tracer: Tracer | None = None,
+        on_finished: Callable[[CallRecord], None] = lambda _record: None,
     ) -> None:
         self._config = config
         self._pool = pool
         self._metrics = metrics
         self._calls = calls
+        self._responses = responses or ResponseStore(max_bytes=0)
+        self._tracer = tracer or Tracer()
+        self._on_finished = on_finished
+        self._credentials: list[tuple[str, str]] | None = None
+        """What workers see instead of a client's key, where those are the router's own."""
+        if config.api_keys_file is not None:
+            key = config.worker_api_key
+            self._credentials = [] if key is None else [("authorization", f"Bearer {key}")]
         self._placer = Placer(config, pool=pool, index=index, metrics=metrics)
         self.gate = Gate(config.admission, placer=self._placer, metrics=metrics)
         pool.on_change = self.gate.call
@@ -130,9 +148,10 @@ class Dispatcher:
         receive: Receive,
         send: Send,
         path_module: str | None = None,
+        caller: str | None = None,
     ) -> None:
         """Answer one request. Always leaves a call record; raises only `CancelledError`."""
-        call = Call(endpoint, Reply(send))
+        call = Call(endpoint, Reply(send, endpoint), caller=caller, trace=self._tracer.call(endpoint, headers))
         try:
             conclusion, trouble = await self._concluded(call, headers, receive, path_module)
             await self._close(call, conclusion, trouble)
@@ -190,18 +209,28 @@ class Dispatcher:
             modules=self._pool.modules,
             path_module=path_module,
             limits_of=self._pool.limits,
+            continued_of=self._continued_of(call.caller),
         )
         call.request = request
+        if request.continued is not None:
+            self._placer.adopt(request.continued.session_key, request.module, request.continued.workers)
         if call.reply.request_id is None:
             call.reply.request_id = header_safe(request.public_rid)
         return Job(
             request,
-            headers=forwarded_headers(headers, request_id=call.reply.request_id),
+            headers=forwarded_headers(headers, request_id=call.reply.request_id, credentials=self._credentials),
             reply=call.reply,
             timings=call.timings,
             deadline=deadline,
             on_answered=lambda: self._settle(call, Conclusion(Step.NOTHING, Outcome.OK), status=200),
+            on_said=self._responses.listener(request, caller=call.caller, workers=lambda: _workers(call)),
+            trace=call.trace,
         )
+
+    def _continued_of(self, caller: str | None) -> Callable[[str], Continued | None] | None:
+        if not self._config.response_store_bytes:
+            return None
+        return lambda response_id: self._responses.continued(response_id, caller=caller)
 
     async def _run_attempts(self, call: Call, job: Job, receive: Receive) -> tuple[Conclusion, Trouble | None]:
         """Place the request and run its legs; as often as `endings` says so, and `retries` allows it, once more, with
@@ -276,6 +305,8 @@ class Dispatcher:
         record = call.record(conclusion.outcome, status=status, error=error)
         self._calls.add(record)
         self._metrics.observe(record)
+        call.trace.end(record)
+        self._on_finished(record)
 
     # -- for the app
 
@@ -302,6 +333,12 @@ class Dispatcher:
         """Answer those that come, and those that wait for room, with 503."""
         self._placer.is_stopping = True
         self.gate.clear()
+
+
+def _workers(call: Call) -> tuple[str, str]:
+    assert call.attempt is not None
+    placed = call.attempt.placed
+    return placed.prefill.worker.url, placed.decode.worker.url
 
 
 def _conclusion(call: Call, end: AttemptEnd, *, may_retry: bool) -> Conclusion:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -18,7 +19,7 @@ from typing import Final
 
 import aiohttp
 
-from sglang_prefillshare.protocol import CACHED_TOKENS_HEADER, CROSS_MODEL_HEADER, PROMPT_TOKENS_HEADER
+from sglang_prefillshare.protocol import CACHED_TOKENS_HEADER, CROSS_MODEL_HEADER, PROMPT_TOKENS_HEADER, Role
 from sglang_prefillshare.routing.aborts import Aborts
 from sglang_prefillshare.routing.answers import ClientIds, Events, failure_in, failure_in_events
 from sglang_prefillshare.routing.attempt import Accounting, Attempt, AttemptEnd
@@ -31,12 +32,15 @@ from sglang_prefillshare.routing.request import (
     HOP_BY_HOP,
     REQUEST_ID_HEADER,
     ClientRequest,
+    Endpoint,
     Pairing,
     decode_leg_body,
+    decode_leg_headers,
     prefill_leg_body,
     prefill_leg_headers,
 )
 from sglang_prefillshare.routing.telemetry import Metrics
+from sglang_prefillshare.routing.tracing import Attributes, LegTrace
 from sglang_prefillshare.routing.workers import Leg, Worker
 
 logger = logging.getLogger(__name__)
@@ -50,6 +54,8 @@ _FULL_FOR_S: Final = 1.0
 """How long a worker that says it is full gets nothing."""
 _TRANSFER_FAILURES: Final = (b"Decode transfer failed", b"Decode handshake failed")
 """How SGLang's decode workers begin the error of a request whose KV did not come, whatever the reason."""
+_ANY_FAILURE: Final = b'"Internal server error"'
+"""What they make of it at `/v1/messages`, as of every other failure."""
 
 
 class Legs:
@@ -97,14 +103,18 @@ class Legs:
         """Have the base prefill the prompt; its answer is drained and only its accounting is kept."""
         job = attempt.job
         body = self.prefill_body(job.request, base_model=base_model, pairing=attempt.pairing)
-        headers = prefill_leg_headers(job.headers, module=job.request.module)
+        headers = prefill_leg_headers(job.headers, request=job.request, pairing=attempt.pairing)
+        trace = job.trace.leg(str(worker.role), worker.url)
         job.timings.sent_s = time.perf_counter()
         try:
             async with (
                 asyncio.timeout(None) as attempt.drain,
-                self._running(attempt, worker, leg),
+                self._running(attempt, worker, leg, trace),
                 self._session.post(
-                    worker.url + job.request.endpoint, data=body, headers=headers, timeout=self._leg_timeout
+                    worker.url + job.request.endpoint,
+                    data=body,
+                    headers=trace.carried(headers),
+                    timeout=self._leg_timeout,
                 ) as response,
             ):
                 answer = await response.read()
@@ -144,12 +154,18 @@ class Legs:
     async def _decode_leg(self, attempt: Attempt, worker: Worker, leg: Leg, watch: asyncio.Task[None]) -> None:
         """Pass the decode module's answer on."""
         job = attempt.job
-        body = decode_leg_body(job.request, pairing=attempt.pairing, is_adapter=worker.adapters is not None)
+        is_adapter = worker.adapters is not None
+        body = decode_leg_body(job.request, pairing=attempt.pairing, is_adapter=is_adapter)
+        headers = decode_leg_headers(job.headers, request=job.request, pairing=attempt.pairing, is_adapter=is_adapter)
+        trace = job.trace.leg(str(worker.role), worker.url)
         job.timings.sent_s = time.perf_counter()
         async with (
-            self._running(attempt, worker, leg),
+            self._running(attempt, worker, leg, trace),
             self._session.post(
-                worker.url + job.request.endpoint, data=body, headers=job.headers, timeout=self._leg_timeout
+                worker.url + job.request.endpoint,
+                data=body,
+                headers=trace.carried(headers),
+                timeout=self._leg_timeout,
             ) as response,
         ):
             if response.status != 200:
@@ -170,7 +186,8 @@ class Legs:
         """A stream starts with its first byte, so that a prefill error that comes before it still gets its own
         status."""
         reply, timings = attempt.job.reply, attempt.job.timings
-        headers, named = _returned_headers(response), ClientIds(attempt.pairing.rids, attempt.job.request.rids)
+        headers, named = _returned_headers(response), ClientIds(attempt.pairing.rids, attempt.job.request.answer_rids)
+        keep = attempt.job.on_said
         stream = Events()
         async for data in response.content.iter_any():
             events = stream.feed(data)
@@ -183,7 +200,10 @@ class Legs:
                 if not reply.is_started:
                     timings.first_byte_s = time.perf_counter()
                     await reply.start(200, headers)
-                await reply.chunk(named(events))
+                events = named(events)
+                if keep is not None:
+                    keep(events)
+                await reply.chunk(events)
             if failure is not None:
                 raise ended_early(worker, failure)
         leg.is_complete = True
@@ -203,8 +223,10 @@ class Legs:
         attempt.decode_end = LegEnd.WHOLE
         _note_success(worker, leg)
         await self._account_answered(attempt)
-        named = ClientIds(attempt.pairing.rids, attempt.job.request.rids)
-        await attempt.job.reply.whole(200, _returned_headers(response), named(answer))
+        answer = ClientIds(attempt.pairing.rids, attempt.job.request.answer_rids)(answer)
+        if attempt.job.on_said is not None:
+            attempt.job.on_said(answer)
+        await attempt.job.reply.whole(200, _returned_headers(response), answer)
 
     async def _account_answered(self, attempt: Attempt) -> None:
         """Let a call be settled whose answer is complete but for its last bytes, if the prefill leg's accounting is
@@ -229,7 +251,10 @@ class Legs:
         at too, because SGLang tells the errors of streams in them; a false alarm only costs it the wait for the
         prefill leg's end, which is near.
         """
-        if any(text in data for text in _TRANSFER_FAILURES) and await self._goes_silent(attempt):
+        texts: tuple[bytes, ...] = _TRANSFER_FAILURES
+        if attempt.job.request.endpoint is Endpoint.MESSAGES:
+            texts = (*texts, _ANY_FAILURE)
+        if any(text in data for text in texts) and await self._goes_silent(attempt):
             worker = attempt.prefill_worker
             raise lost(worker, f"The {worker.label} was lost.")
 
@@ -250,7 +275,7 @@ class Legs:
     # -- ending legs
 
     @contextlib.asynccontextmanager
-    async def _running(self, attempt: Attempt, worker: Worker, leg: Leg) -> AsyncIterator[None]:
+    async def _running(self, attempt: Attempt, worker: Worker, leg: Leg, trace: LegTrace) -> AsyncIterator[None]:
         """Runs a counted leg in the current task. On leaving, a leg that is not complete is aborted on its worker.
 
         Translates what can go wrong with the worker into `LegError`.
@@ -282,9 +307,24 @@ class Legs:
             raise
         finally:
             worker.end(leg)
+            role = Role.PREFILL if worker is attempt.prefill_worker else Role.DECODE
+            trace.end(attempt.end_of(role), _traced(attempt, role))
             if not leg.is_complete:
                 self._metrics.legs_aborted.labels(worker.role, cause).inc()
                 self._aborts.start(worker, attempt.pairing.rids, attempt.job.authorization)
+
+
+def _traced(attempt: Attempt, role: Role) -> Attributes:
+    """What is known of a leg at its end, beyond how it ended."""
+    choice = attempt.placed.prefill if role is Role.PREFILL else attempt.placed.decode
+    known: dict[str, str | int] = {
+        "prefillshare.decision": choice.decision.reason,
+        "prefillshare.matched_tokens": choice.decision.matched_tokens,
+    }
+    if role is Role.PREFILL:
+        counted = dataclasses.asdict(attempt.accounting)
+        known |= {f"prefillshare.{name}": value for name, value in counted.items() if value is not None}
+    return known
 
 
 async def _watch_client(attempt: Attempt, receive: Receive) -> None:

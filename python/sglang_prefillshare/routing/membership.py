@@ -42,7 +42,7 @@ def checked_url(url: Any, owner: str) -> str:
     except (ValueError, AttributeError, TypeError) as error:
         raise ConfigError(f"{owner}: {url!r} is not a URL ({error}). Write it as http://host:port.") from error
     if not isinstance(url, str) or parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ConfigError(f"{owner}: {url!r} is not the URL of a worker. Write it as http://host:port.")
+        raise ConfigError(f"{owner}: {url!r} is not a URL. Write it as http://host:port.")
     if parts.query or parts.fragment or parts.username is not None:
         raise ConfigError(f"{owner}: {url!r} has a query, fragment or user name. Write it as http://host:port.")
     return url.rstrip("/")

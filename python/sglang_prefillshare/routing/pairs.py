@@ -10,6 +10,7 @@ through it costs the same on both sides.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ import click
 
 from sglang_prefillshare.errors import ConfigError
 from sglang_prefillshare.protocol import Role, WorkerInfo
+from sglang_prefillshare.request_fields import Limits
 from sglang_prefillshare.routing import _json
 from sglang_prefillshare.routing.app import Router
 from sglang_prefillshare.routing.attempt import Accounting
@@ -64,6 +66,10 @@ class PairPool(WorkerPool):
 
     def judgement(self) -> Judgement:
         return Judgement(Bases(), {worker.url: _verdict(worker) for worker in self})
+
+    def limits(self, module: str) -> Limits:
+        """Of stock pairs a handoff serves one sample: SGLang warms a prompt up and samples n times in one room."""
+        return dataclasses.replace(super().limits(module), max_samples=1)
 
     async def poll(self, worker: Worker, session: aiohttp.ClientSession) -> None:
         """Read the whole description once; afterwards only see that the worker answers, as cheaply as with roles."""
@@ -120,7 +126,7 @@ class PairLegs(Legs):
     """Both legs get what the client sent, as stock SGLang wants it, and prefill's answer says what it found."""
 
     def prefill_body(self, request: ClientRequest, *, base_model: str, pairing: Pairing) -> bytes:
-        return _json.dumps({**request.body, "stream": False, **pairing.fields(request.batch_size)})
+        return _json.dumps({**request.body, "stream": False, **pairing.fields(request)})
 
     def account(self, response: aiohttp.ClientResponse, answer: bytes) -> Accounting:
         try:

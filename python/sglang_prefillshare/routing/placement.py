@@ -190,6 +190,13 @@ class Placer:
                 best = leg, wait_s
         return best
 
+    def adopt(self, session_key: str, module: str, workers: tuple[str, str]) -> None:
+        """Let a session that is not known begin on these (prefill, decode) workers."""
+        for role, worker in zip((Role.PREFILL, Role.DECODE), workers, strict=True):
+            sessions = self._sessions_of(role, module)
+            if sessions.is_new(session_key):
+                sessions.assign(session_key, worker)
+
     def can_replace_prefill(self, worker: Worker) -> bool:
         """Whether a request could be prefilled by another worker than this one, of its base."""
         return not self.is_stopping and any(

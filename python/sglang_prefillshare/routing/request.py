@@ -13,12 +13,15 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from sglang_prefillshare.errors import PrefillShareError
-from sglang_prefillshare.protocol import MODULE_HEADER
+from sglang_prefillshare.protocol import ADAPTER_HEADER, MODULE_HEADER, RID_HEADER
 from sglang_prefillshare.request_fields import (
     GENERATE,
     MAX_DEPTH,
+    MESSAGES,
     NO_LIMITS,
     OPENAI,
+    RESPONSES,
+    RESPONSES_HEADROOM,
     FieldError,
     Limits,
     check_batch,
@@ -47,6 +50,8 @@ class Endpoint(StrEnum):
     CHAT = "/v1/chat/completions"
     COMPLETIONS = "/v1/completions"
     GENERATE = "/generate"
+    MESSAGES = "/v1/messages"
+    RESPONSES = "/v1/responses"
 
 
 class RequestError(PrefillShareError):
@@ -60,13 +65,23 @@ class RequestError(PrefillShareError):
 
 
 @dataclass(frozen=True, slots=True)
+class Continued:
+    """A response that a request goes on from: what was said so far, and the (prefill, decode) workers that have it."""
+
+    items: Sequence[Any]
+    module: str
+    session_key: str
+    workers: tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
 class ClientRequest:
     """A parsed and checked request.
 
-    `batch_size` is `None` for a single prompt, so that a batch of one stays a batch. `rids` name the prompts in the
-    answer (one for each), `public_rid` the whole of it. `prompts` are canonical bytes in
-    which a longer context extends a shorter one. `raw` is what the client sent, `body` its parsed form; neither
-    is changed.
+    `batch_size` is `None` for a single prompt, so that a batch of one stays a batch; each prompt gets `samples`
+    answers. `rids` name the prompts in the answer (one for each), `public_rid` the whole of it. `prompts` are canonical
+    bytes in which a longer context extends a shorter one. `raw` is what the client sent, `body` its parsed form;
+    neither is changed, except that what a response goes on from is put in its place.
     """
 
     endpoint: Endpoint
@@ -80,6 +95,13 @@ class ClientRequest:
     rids: tuple[str, ...]
     session_key: str | None
     is_model_overridden: bool
+    samples: int = 1
+    continued: Continued | None = None
+
+    @property
+    def answer_rids(self) -> tuple[str, ...]:
+        """As `rids`, for each answer: those of one prompt follow one another, as in SGLang's own."""
+        return tuple(rid for rid in self.rids for _ in range(self.samples))
 
     @property
     def prompt_tokens(self) -> int:
@@ -118,33 +140,46 @@ def _first_number(fields: Mapping[str, Any], *names: str, default: int | None) -
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """What makes two legs one request: the prefill worker's bootstrap address, a room and a rid for each prompt."""
+    """What makes two legs one request: the prefill worker's bootstrap address, a room and a rid for each answer."""
 
     bootstrap_host: str
     bootstrap_port: int
     rooms: tuple[int, ...]
     rids: tuple[str, ...]
 
-    def fields(self, batch_size: int | None) -> dict[str, Any]:
-        if batch_size is None:
+    def fields(self, request: ClientRequest) -> dict[str, Any]:
+        """As the request's endpoint has them. Where it has none for a rid, `headers` has it."""
+        if request.batch_size is not None or request.samples > 1:
+            count = len(self.rooms)
             return {
-                "bootstrap_host": self.bootstrap_host,
-                "bootstrap_port": self.bootstrap_port,
-                "bootstrap_room": self.rooms[0],
-                "rid": self.rids[0],
+                "bootstrap_host": [self.bootstrap_host] * count,
+                "bootstrap_port": [self.bootstrap_port] * count,
+                "bootstrap_room": list(self.rooms),
+                "rid": list(self.rids),
             }
-        return {
-            "bootstrap_host": [self.bootstrap_host] * batch_size,
-            "bootstrap_port": [self.bootstrap_port] * batch_size,
-            "bootstrap_room": list(self.rooms),
-            "rid": list(self.rids),
+        fields: dict[str, Any] = {
+            "bootstrap_host": self.bootstrap_host,
+            "bootstrap_port": self.bootstrap_port,
+            "bootstrap_room": self.rooms[0],
         }
+        match request.endpoint:
+            case Endpoint.MESSAGES:
+                pass
+            case Endpoint.RESPONSES:
+                fields["request_id"] = self.rids[0]
+            case _:
+                fields["rid"] = self.rids[0]
+        return fields
+
+    def headers(self, endpoint: Endpoint) -> list[tuple[str, str]]:
+        return [(RID_HEADER, self.rids[0])] if endpoint is Endpoint.MESSAGES else []
 
 
-def draw_rids(count: int) -> tuple[str, ...]:
+def draw_rids(endpoint: Endpoint, count: int) -> tuple[str, ...]:
     """What legs are called on the workers: SGLang aborts every id that begins like the one it is told, and refuses one
     that is in flight. So no client chooses them, none can be guessed, and none begins another."""
-    return tuple(uuid.uuid4().hex for _ in range(count))
+    kind = "resp_" if endpoint is Endpoint.RESPONSES else ""
+    return tuple(kind + uuid.uuid4().hex for _ in range(count))
 
 
 def draw_rooms(count: int) -> tuple[int, ...]:
@@ -160,10 +195,12 @@ def parse_request(
     modules: Collection[str],
     path_module: str | None = None,
     limits_of: Callable[[str], Limits] = lambda _module: NO_LIMITS,
+    continued_of: Callable[[str], Continued | None] | None = None,
 ) -> ClientRequest:
     """Check what the client sent; raises `RequestError` saying what to send instead.
 
-    `limits_of` says what the workers of a module can index and hold.
+    `limits_of` says what the workers of a module can index and hold, `continued_of` what a response's id stands for
+    (None where responses are not kept).
     """
     encoding = headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
@@ -180,6 +217,12 @@ def parse_request(
     if not isinstance(body, dict):
         raise RequestError(400, f"The request body is a JSON {_json_kind(body)}, wanted an object.")
 
+    continued = None
+    if endpoint is Endpoint.RESPONSES:
+        continued = _continued(body, continued_of)
+        if continued is not None:
+            body = _with_history(body, continued)
+            raw = _json.dumps(body)
     module = choose_module(endpoint, body, modules=modules, path_module=path_module)
     is_stream = body.get("stream")
     if is_stream is not None and not isinstance(is_stream, bool):
@@ -189,9 +232,14 @@ def parse_request(
     try:
         prompts, batch_size = canonical_prompts(endpoint, body, limits)
         _check_fields(endpoint, body, batch_size, limits)
+        samples = _samples(endpoint, body)
+        check_batch("the request", len(prompts), samples)
     except FieldError as error:
         raise RequestError(400, str(error)) from error
-    public_rid, rids = _choose_rids(body, headers, batch_size)
+    public_rid, rids = _choose_rids(endpoint, body, headers, batch_size)
+    session_key = _session_key(endpoint, body, headers)
+    if session_key is None and continued is not None:
+        session_key = continued.session_key
     return ClientRequest(
         endpoint=endpoint,
         module=module,
@@ -202,9 +250,45 @@ def parse_request(
         prompts=prompts,
         public_rid=public_rid,
         rids=rids,
-        session_key=_session_key(body, headers),
+        session_key=session_key,
         is_model_overridden=path_module is not None and body.get("model") not in (None, module),
+        samples=samples,
+        continued=continued,
     )
+
+
+def _continued(body: Mapping[str, Any], continued_of: Callable[[str], Continued | None] | None) -> Continued | None:
+    """What `previous_response_id` stands for: workers keep no responses, so the router does."""
+    previous = body.get("previous_response_id")
+    if previous is None:
+        return None
+    if continued_of is None:
+        raise RequestError(
+            400, "previous_response_id is set, and this router keeps no responses. Send the whole input instead."
+        )
+    found = continued_of(previous) if isinstance(previous, str) else None
+    if found is None:
+        raise RequestError(
+            404,
+            f"The response {str(previous)[:80]!r} is not known here (any more). Send the whole input instead of "
+            "previous_response_id.",
+            kind="previous_response_not_found",
+        )
+    return found
+
+
+def _with_history(body: Mapping[str, Any], continued: Continued) -> dict[str, Any]:
+    said = body.get("input")
+    new = input_items(said) if isinstance(said, str | list) else [said]
+    merged = {**body, "input": [*continued.items, *new]}
+    del merged["previous_response_id"]
+    merged.setdefault("model", continued.module)
+    return merged
+
+
+def input_items(said: str | list[Any]) -> list[Any]:
+    """The input of a response as a list: a string is a user's message."""
+    return [{"role": "user", "content": said}] if isinstance(said, str) else said
 
 
 def choose_module(
@@ -251,7 +335,13 @@ def canonical_prompts(
         case Endpoint.CHAT:
             if body.get("input_ids") is not None:
                 return (_ids_bytes(body["input_ids"], "input_ids", limits),), None
-            return (_chat_bytes(body, limits),), None
+            return (_conversation_bytes(body, "messages", limits),), None
+        case Endpoint.MESSAGES:
+            return (_conversation_bytes(body, "messages", limits, head="system"),), None
+        case Endpoint.RESPONSES:
+            said = body.get("input")
+            whole = {**body, "input": input_items(said)} if isinstance(said, str) and said else body
+            return (_conversation_bytes(whole, "input", limits, head="instructions"),), None
         case Endpoint.COMPLETIONS:
             if body.get("prompt") is None:
                 raise RequestError(400, "The request has no prompt. Send a string, token ids, or a list of either.")
@@ -307,22 +397,27 @@ def _ids_bytes(ids: Any, name: str, limits: Limits) -> bytes:
     return array("I", ids).tobytes()
 
 
-def _chat_bytes(body: Mapping[str, Any], limits: Limits) -> bytes:
-    messages = body.get("messages")
+def _conversation_bytes(body: Mapping[str, Any], name: str, limits: Limits, *, head: str | None = None) -> bytes:
+    """The bytes of a list of messages (`name`), behind the tools and what is told apart from them (`head`)."""
+    messages = body.get(name)
     if messages is None:
-        raise RequestError(400, "The request has no messages.")
+        raise RequestError(400, f"The request has no {name}.")
     if not isinstance(messages, list):
-        raise RequestError(400, f"messages is a JSON {_json_kind(messages)}, wanted a list.")
+        raise RequestError(400, f"{name} is a JSON {_json_kind(messages)}, wanted a list.")
     if not messages:
-        raise RequestError(400, "messages is empty.")
+        raise RequestError(400, f"{name} is empty.")
     pieces: list[bytes] = []
     text_bytes = 0
     if body.get("tools"):
         # Templates write the tools ahead of the conversation.
-        pieces.append(_json.dumps(body["tools"]) + b"\x1e")
+        pieces.append(_json.dumps(_without_marks(body["tools"])) + b"\x1e")
+    said_apart = body.get(head) if head is not None else None
+    if said_apart:
+        text_bytes += sum(len(text.encode("utf-8", "surrogatepass")) for text in _texts(said_apart))
+        pieces.append(_json.dumps(_without_marks(said_apart)) + b"\x1e")
     for i, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise RequestError(400, f"messages[{i}] is a JSON {_json_kind(message)}, wanted an object.")
+            raise RequestError(400, f"{name}[{i}] is a JSON {_json_kind(message)}, wanted an object.")
         # Clients send answers back with fields such as "refusal": null; a template does not see the difference.
         present = {key: message[key] for key in sorted(message) if message[key] is not None}
         content = present.get("content")
@@ -330,10 +425,24 @@ def _chat_bytes(body: Mapping[str, Any], limits: Limits) -> bytes:
         if isinstance(content, str) and isinstance(present.get("role"), str) and len(present) == 2:
             piece = f"{present['role']}\x1f{content}\x1e".encode("utf-8", "surrogatepass")
         else:
+            if isinstance(content, list):
+                present["content"] = _without_marks(content)
             piece = _json.dumps(present) + b"\x1e"
         pieces.append(piece)
-    check_text_bytes("the content of messages", text_bytes, limits)
+    check_text_bytes(f"the content of {name}", text_bytes, limits)
     return b"".join(pieces)
+
+
+def _without_marks(parts: Any) -> Any:
+    """Parts of a message without Anthropic's `cache_control`, which wanders from message to message."""
+    if not isinstance(parts, list):
+        return parts
+    return [
+        {key: part[key] for key in part if key != "cache_control"}
+        if isinstance(part, dict) and "cache_control" in part
+        else part
+        for part in parts
+    ]
 
 
 def _texts(content: Any) -> Iterator[str]:
@@ -349,6 +458,9 @@ def _texts(content: Any) -> Iterator[str]:
 
 def _check_fields(endpoint: Endpoint, body: Mapping[str, Any], batch_size: int | None, limits: Limits) -> None:
     """Hold every number against the table, in a batch for each prompt."""
+    if endpoint is Endpoint.MESSAGES or endpoint is Endpoint.RESPONSES:
+        check_fields(MESSAGES if endpoint is Endpoint.MESSAGES else RESPONSES, body, limits)
+        return
     if endpoint is not Endpoint.GENERATE:
         check_fields(OPENAI, body, limits)
         check_order(body, "min_tokens", "max_tokens")
@@ -380,14 +492,10 @@ def _is_batched(name: str, value: Any, batch_size: int | None) -> bool:
 
 
 def _refuse_unsupported(endpoint: Endpoint, body: Mapping[str, Any]) -> None:
-    for name, count in _parallel_samples(endpoint, body):
-        if count is not None and count != 1:
-            # SGLang answers n > 1 by warming the prompt up and then sampling n times, all in one room: it hangs.
-            raise RequestError(
-                400,
-                f"{name} is {count!r}, and a handoff serves one sample. Send the request {name.rpartition('.')[2]} "
-                "times: the base prefills the shared prompt once.",
-            )
+    if endpoint is Endpoint.RESPONSES and body.get("background"):
+        raise RequestError(
+            400, "background is true: an answer lives as long as the connection that it was asked on. Leave it out."
+        )
     if endpoint is Endpoint.GENERATE and _any_true(body.get("return_logprob")):
         start = body.get("logprob_start_len")
         starts = start if isinstance(start, list) else [start]
@@ -405,12 +513,18 @@ def _refuse_unsupported(endpoint: Endpoint, body: Mapping[str, Any]) -> None:
         )
 
 
-def _parallel_samples(endpoint: Endpoint, body: Mapping[str, Any]) -> list[tuple[str, Any]]:
+def _samples(endpoint: Endpoint, body: Mapping[str, Any]) -> int:
+    """`n`, checked by now; of a batch the same for each prompt, as SGLang has it."""
+    if endpoint is Endpoint.MESSAGES or endpoint is Endpoint.RESPONSES:
+        return 1
     if endpoint is not Endpoint.GENERATE:
-        return [("n", body.get("n"))]
+        return body.get("n") or 1
     params = body.get("sampling_params")
     items = params if isinstance(params, list) else [params]
-    return [("sampling_params.n", item.get("n")) for item in items if isinstance(item, dict)]
+    counts = {(item.get("n") or 1) if isinstance(item, dict) else 1 for item in items}
+    if len(counts) > 1:
+        raise FieldError(f"sampling_params.n is {min(counts)} here and {max(counts)} there. Give all prompts the same.")
+    return next(iter(counts), 1)
 
 
 def _any_true(value: Any) -> bool:
@@ -418,14 +532,17 @@ def _any_true(value: Any) -> bool:
 
 
 def _choose_rids(
-    body: Mapping[str, Any], headers: Mapping[str, str], batch_size: int | None
+    endpoint: Endpoint, body: Mapping[str, Any], headers: Mapping[str, str], batch_size: int | None
 ) -> tuple[str, tuple[str, ...]]:
     """The name the client knows the request by, and one for each prompt in the answer; the legs' are `draw_rids`.
 
     A body's rid is taken as it is. One derived from X-Request-Id gets a random tail, since clients reuse that header
-    across a session's calls.
+    across a session's calls. Responses have ids of their own form; messages have SGLang's.
     """
-    rid = body.get("rid")
+    if endpoint is Endpoint.RESPONSES:
+        fresh = f"resp_{uuid.uuid4().hex}"
+        return headers.get(REQUEST_ID_HEADER) or fresh, (fresh,)
+    rid = body.get("rid") if endpoint is not Endpoint.MESSAGES else None
     if rid is None:
         request_id = headers.get(REQUEST_ID_HEADER)
         fresh = uuid.uuid4().hex
@@ -445,12 +562,15 @@ def _choose_rids(
     return public, tuple(f"{stem}_{i}" for i in range(batch_size))
 
 
-def _session_key(body: Mapping[str, Any], headers: Mapping[str, str]) -> str | None:
-    """X-SMG-Routing-Key, else `user`: the paper's user id (B.1)."""
+def _session_key(endpoint: Endpoint, body: Mapping[str, Any], headers: Mapping[str, str]) -> str | None:
+    """X-SMG-Routing-Key, else `user`, of Anthropic's clients `metadata.user_id`: the paper's user id (B.1)."""
     key = headers.get(SESSION_HEADER)
     if key:
         return key
     user = body.get("user")
+    metadata = body.get("metadata")
+    if endpoint is Endpoint.MESSAGES and isinstance(metadata, dict):
+        user = metadata.get("user_id")
     return user if isinstance(user, str) and user else None
 
 
@@ -490,10 +610,12 @@ _SAMPLING_ONLY: Final = _words(
     "return_routed_experts routed_experts_start_len return_indexer_topk return_entropy return_bytes "
     "return_cached_tokens_details return_spec_tokens_details return_token_ids return_prompt_token_ids "
     "return_meta_info return_input_ids_in_sglext return_output_ids_in_sglext",
+    # of messages and responses
+    "stop_sequences max_output_tokens max_tool_calls include store metadata service_tier",
     # which weights answer
     "lora_path lora_id",
 )
-"""Fields of SGLang 0.5.23's OpenAI and /generate requests that do not shape the prompt's tokens. Everything
+"""Fields of SGLang 0.5.23's requests that do not shape the prompt's tokens. Everything
 else goes to the base as it is: messages, tools, tool_choice, chat_template_kwargs, reasoning_effort, cache_salt
 and whatever a later version adds, since two legs that tokenize differently are refused (contract 8)."""
 
@@ -508,15 +630,22 @@ def prefill_leg_body(request: ClientRequest, *, base_model: str, pairing: Pairin
     """
     body = {key: value for key, value in request.body.items() if key not in _SAMPLING_ONLY}
     body["stream"] = False
+    several = {"n": request.samples} if request.samples > 1 else {}
     if request.endpoint is Endpoint.GENERATE:
         body.pop("model", None)
-        body["sampling_params"] = _GREEDY_SINGLE
+        body["sampling_params"] = {**_GREEDY_SINGLE, **several}
         body["routing_key"] = request.module
     else:
         body["model"] = base_model
-        body["max_tokens"] = 1
+        if request.endpoint is Endpoint.RESPONSES:
+            body["max_output_tokens"] = 1 + RESPONSES_HEADROOM
+        else:
+            body["max_tokens"] = 1
         body["temperature"] = 0.0
-    body.update(pairing.fields(request.batch_size))
+        body |= several
+    if request.endpoint is Endpoint.MESSAGES and isinstance(body.get("output_config"), dict):
+        body["output_config"] = {key: value for key, value in body["output_config"].items() if key != "format"}
+    body.update(pairing.fields(request))
     return _json.dumps(body)
 
 
@@ -527,7 +656,9 @@ def decode_leg_body(request: ClientRequest, *, pairing: Pairing, is_adapter: boo
     module's name is removed: SGLang's benchmark sends the model's name in both fields. A module that is one of a
     worker's adapters is named by it, at `/generate`; OpenAI's endpoints name it by `model`.
     """
-    added = pairing.fields(request.batch_size)
+    added = pairing.fields(request)
+    if request.endpoint in (Endpoint.MESSAGES, Endpoint.RESPONSES) and request.body.get("model") is None:
+        added["model"] = request.module  # SGLang demands it there
     if is_adapter and (request.endpoint is Endpoint.GENERATE or "lora_path" in request.body):
         added["lora_path"] = request.module
     replaces_lora = request.body.get("lora_path") == request.module
@@ -553,20 +684,50 @@ def header_safe(value: str) -> str:
     return value if value.isascii() and value.isprintable() else quote(value, errors="replace")
 
 
-def forwarded_headers(headers: Sequence[tuple[str, str]], *, request_id: str) -> list[tuple[str, str]]:
-    """The client's end-to-end headers (Authorization, X-Request-Id, tracing, ...) for both legs."""
+_OF_WORKERS: Final = ("x-prefill-share-", "x-override-")
+"""How headers begin that say on a worker what a leg is: no client's to set. (The second are SGLang's.)"""
+API_KEY_HEADER: Final = "x-api-key"
+_CREDENTIALS: Final = frozenset({"authorization", API_KEY_HEADER})
+
+
+def forwarded_headers(
+    headers: Sequence[tuple[str, str]], *, request_id: str, credentials: Sequence[tuple[str, str]] | None = None
+) -> list[tuple[str, str]]:
+    """The client's end-to-end headers (Authorization, X-Request-Id, tracing, ...) for both legs.
+
+    `credentials` take the place of the client's own, where those are the router's business and no worker's.
+    """
     dropped = set(_NOT_FORWARDED)
+    if credentials is not None:
+        dropped |= _CREDENTIALS
     for name, value in headers:
         if name == "connection":
             dropped.update(_CONNECTION_TOKENS.findall(value.lower()))
-    kept = [(name, value) for name, value in headers if name not in dropped]
+    kept = [(name, value) for name, value in headers if name not in dropped and not name.startswith(_OF_WORKERS)]
     if not any(name == REQUEST_ID_HEADER for name, _ in kept):
         kept.append((REQUEST_ID_HEADER, request_id))
     kept.append(("content-type", "application/json"))
-    return kept
+    if credentials is None:
+        by_name = dict(kept)
+        key = by_name.get(API_KEY_HEADER)
+        # Anthropic's clients send their key so, and SGLang's workers know the other way alone.
+        credentials = [("authorization", f"Bearer {key}")] if key and "authorization" not in by_name else []
+    return [*kept, *credentials]
 
 
-def prefill_leg_headers(forwarded: Sequence[tuple[str, str]], *, module: str) -> list[tuple[str, str]]:
+def decode_leg_headers(
+    forwarded: Sequence[tuple[str, str]], *, request: ClientRequest, pairing: Pairing, is_adapter: bool
+) -> list[tuple[str, str]]:
+    """`forwarded`, with what the body of this API has no place for."""
+    headers = [*forwarded, *pairing.headers(request.endpoint)]
+    if is_adapter and request.endpoint is Endpoint.RESPONSES:
+        headers.append((ADAPTER_HEADER, request.module))
+    return headers
+
+
+def prefill_leg_headers(
+    forwarded: Sequence[tuple[str, str]], *, request: ClientRequest, pairing: Pairing
+) -> list[tuple[str, str]]:
     """`forwarded`, with the client's session key replaced by the module that the prompt is prefilled for."""
     kept = [(name, value) for name, value in forwarded if name not in (SESSION_HEADER, MODULE_HEADER)]
-    return [*kept, (MODULE_HEADER, module)]
+    return [*kept, (MODULE_HEADER, request.module), *pairing.headers(request.endpoint)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,8 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.metrics_core import Metric
+
+call_logger = logging.getLogger("sglang_prefillshare.calls")
 
 
 class Outcome(StrEnum):
@@ -70,7 +73,7 @@ class CallRecord:
     what it was expected to hold; `decode_decision` and `decode_matched_tokens` are the same of the decode worker.
     `queue_ms` is how long it waited for room, which `overhead_ms` leaves out.
     `rid` is the client's name of the call, `worker_rids` the workers'. `attempts` counts the pairs of legs; all else
-    is the last pair's.
+    is the last pair's. `caller` names the client's key, where keys are asked for.
     """
 
     rid: str
@@ -95,9 +98,15 @@ class CallRecord:
     outcome: Outcome
     error: str | None
     started_at: float
+    caller: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def log_call(record: CallRecord) -> None:
+    """A line for a finished call, with the whole record for whoever writes lines of fields (`json_logs`)."""
+    call_logger.info("%s %s: %s", record.endpoint, record.rid, record.outcome, extra={"call": record.to_json()})
 
 
 class CallLog:

@@ -110,6 +110,7 @@ class FakeWorker:
     metrics_headers: list[dict[str, str]] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    said: bytes = b""
     finish_reason: Any = field(default_factory=lambda: {"type": "length", "length": 1})
     adapters_refused: str | None = None
     adapters_behave: str = "ok"
@@ -139,7 +140,8 @@ class FakeWorker:
         app.router.add_post("/unload_lora_adapter", self._unload_adapter)
         app.router.add_get("/model_info", self._model_info)
         app.router.add_get("/server_info", self._server_info)
-        for path in ("/generate", "/v1/completions", "/v1/chat/completions"):
+        app.router.add_post("/v1/messages/count_tokens", self._count_tokens)
+        for path in ("/generate", "/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses"):
             app.router.add_post(path, self._generate)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.05, access_log=None)
         await self._runner.setup()
@@ -227,6 +229,10 @@ class FakeWorker:
     async def _model_info(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"model_path": f"/models/{self.info.model}", "tokenizer_path": "/models/base"})
 
+    async def _count_tokens(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        return web.json_response({"input_tokens": len(str(body["messages"])), "model": body["model"]})
+
     async def _server_info(self, request: web.Request) -> web.StreamResponse:
         return web.json_response({"served_model_name": self.info.model, "internal_states": [{}]})
 
@@ -261,6 +267,17 @@ class FakeWorker:
         await response.write(b"data: [DONE]\n\n")
         return response
 
+    async def _respond(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
+        """Answers of /v1/responses as SGLang has them, cut to the parts that matter."""
+        output = [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "hi"}]}]
+        answer = {"id": body["request_id"], "object": "response", "output": output, "error": None}
+        if not body.get("stream"):
+            return web.json_response(answer)
+        begun = {"type": "response.created", "response": {**answer, "output": []}}
+        events = [("response.created", begun), ("response.completed", {"response": answer})]
+        text = "".join(f"event: {name}\ndata: {json.dumps(data)}\n\n" for name, data in events)
+        return web.Response(text=text, content_type="text/event-stream")
+
     async def _answer(self, request: web.Request, body: dict[str, Any]) -> web.StreamResponse:
         kind, _, argument = (self.script.pop(0) if self.script else self.behave).partition(":")
         transport = request.transport
@@ -282,6 +299,11 @@ class FakeWorker:
             case "transfer_failed":
                 events = b"data: " + TRANSFER_FAILED + b"\n\ndata: [DONE]\n\n"
                 return web.Response(body=events, content_type="text/event-stream")
+            case "said":  # whatever the test says, as a stream's events if one is asked for
+                kind_of = "text/event-stream" if body.get("stream") else "application/json"
+                return web.Response(status=int(argument or 200), body=self.said, content_type=kind_of)
+            case "respond":
+                return await self._respond(request, body)
             case "echo":
                 return await self._echo(request, body)
             case "hang":
@@ -418,6 +440,7 @@ async def running_system(
     wait: bool = True,
     longest_s: float = 30.0,
     configured: bool = True,
+    router: Callable[[RouterConfig], Router] = Router,
     prepare: Callable[[list[FakeWorker], dict[str, list[FakeWorker]]], Awaitable[None] | None] | None = None,
     **config: Any,
 ) -> AsyncIterator[System]:
@@ -445,7 +468,9 @@ async def running_system(
         settings["decode"] = {name: [worker.url for worker in group] for name, group in decode_workers.items()}
     router_config = RouterConfig(**(settings | config))
     try:
-        async with _routing(router_config, prefill_workers, decode_workers, longest_s=longest_s) as system:
+        async with _routing(
+            router_config, prefill_workers, decode_workers, longest_s=longest_s, router=router
+        ) as system:
             if wait:
                 await system.ready()
             yield system
@@ -469,8 +494,9 @@ async def _routing(
     decode: dict[str, list[FakeWorker]],
     *,
     longest_s: float = 30.0,
+    router: Callable[[RouterConfig], Router] = Router,
 ) -> AsyncIterator[System]:
-    app = create_app(config)
+    app = create_app(config, router=router(config))
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     server = QuickServer(app, config)

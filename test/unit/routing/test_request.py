@@ -127,7 +127,7 @@ def test_both_legs_carry_the_same_prompt_and_pairing_for_any_other_fields(extra,
     decode = json.loads(decode_leg_body(request, pairing=pairing))
     for name in ("messages", "bootstrap_room", "bootstrap_host", "bootstrap_port", "rid"):
         assert prefill[name] == decode[name]
-    assert decode == json.loads(raw) | pairing.fields(None)
+    assert decode == json.loads(raw) | pairing.fields(parsed(Endpoint.CHAT, {"messages": [{}]}))
 
 
 # -------------------------------------------------------------------------------------------------- prompts
@@ -200,6 +200,7 @@ def test_hop_by_hop_headers_stay_behind():
         ("traceparent", "00-1"),
         ("x-smg-routing-key", "session"),
     ]
+    request = parsed(Endpoint.CHAT, {"messages": [{"role": "user", "content": "x"}]})
     forwarded = forwarded_headers(sent, request_id="r")
     assert dict(forwarded) == {
         "authorization": "Bearer k",
@@ -208,7 +209,17 @@ def test_hop_by_hop_headers_stay_behind():
         "x-request-id": "r",
         "content-type": "application/json",
     }
-    assert dict(prefill_leg_headers(forwarded, module="planner"))[MODULE_HEADER] == "planner"
+    assert dict(prefill_leg_headers(forwarded, request=request, pairing=PAIRING))[MODULE_HEADER] == "planner"
+
+
+def test_a_key_in_anthropics_header_reaches_workers_that_know_the_other_and_is_replaced_by_the_routers_own():
+    sent = [("x-api-key", "k"), ("x-prefill-share-rid", "mine"), ("x-override-bootstrap-room", "5")]
+    assert dict(forwarded_headers(sent, request_id="r"))["authorization"] == "Bearer k"
+    both = [*sent, ("authorization", "Bearer other")]
+    assert dict(forwarded_headers(both, request_id="r"))["authorization"] == "Bearer other"
+    inner = forwarded_headers(both, request_id="r", credentials=[("authorization", "Bearer inner")])
+    assert inner == [("x-request-id", "r"), ("content-type", "application/json"), ("authorization", "Bearer inner")]
+    assert forwarded_headers(both, request_id="r", credentials=[]) == inner[:2]
 
 
 def test_rooms_are_never_zero_and_fit_63_bits():

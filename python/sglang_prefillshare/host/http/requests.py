@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from sglang_prefillshare.host.roles.role import FAKE_BOOTSTRAP_HOST, is_fake_transfer, needs_no_base_kv
 from sglang_prefillshare.identity.token_bytes import max_prompt_bytes
@@ -45,24 +45,34 @@ async def _awaited(answer: Awaitable[Any]) -> Any:
     return await answer
 
 
+def prompts_of(obj: Any) -> tuple[list[Any], bool]:
+    """The prompts of a request, and whether it is a batch; none of one that has neither text nor ids."""
+    prompts = obj.text if obj.text is not None else obj.input_ids
+    if isinstance(prompts, list) and prompts and not isinstance(prompts[0], int):
+        return prompts, True
+    return ([] if prompts is None else [prompts]), False
+
+
 def check_lists(obj: Any) -> None:
     """Refuse a list that has not one value for each prompt: SGLang takes a batch apart before it validates anything,
     and hands a single request's list on as it is. Raises `ValueError`, which SGLang turns into a 400."""
-    prompts = obj.text if obj.text is not None else obj.input_ids
-    is_batch = isinstance(prompts, list) and bool(prompts) and not isinstance(prompts[0], int)
+    prompts, is_batch = prompts_of(obj)
     batch_size = len(prompts) if is_batch else None
     if batch_size is not None:
         check_batch("the request", batch_size)
-    for name in _ONE_FOR_EACH_PROMPT:
-        value = getattr(obj, name, None)
-        if not isinstance(value, list) or (name == "token_ids_logprob" and not any(isinstance(v, list) for v in value)):
-            continue
-        if len(value) != batch_size:
+    for name in ONE_FOR_EACH_PROMPT:
+        value: Any = getattr(obj, name, None)
+        if is_for_each_prompt(value, name) and len(value) != batch_size:
             wanted = "one" if batch_size is None else f"one, or {batch_size} of them"
             raise ValueError(f"{name} lists {len(value)} values, wanted {wanted}.")
 
 
-_ONE_FOR_EACH_PROMPT: Final = (
+def is_for_each_prompt(value: Any, name: str) -> TypeGuard[list[Any]]:
+    """Whether a value is a list of such; of ids a list is one prompt's, a list of lists all's."""
+    return isinstance(value, list) and (name != "token_ids_logprob" or any(isinstance(item, list) for item in value))
+
+
+ONE_FOR_EACH_PROMPT: Final = (
     *("sampling_params", "return_logprob", "logprob_start_len", "top_logprobs_num", "token_ids_logprob"),
     *("return_sampling_mask", "sampling_logprobs_mode", "return_hidden_states", "custom_logit_processor", "watermark"),
     *("bootstrap_host", "bootstrap_port", "bootstrap_room", "rid", "lora_path", "extra_key", "cache_salt"),
@@ -90,10 +100,7 @@ def validate_one_request(self: Any, obj: Any, input_ids: Any) -> None:
     prompt_ids("the prompt", input_ids, limits)
     sampling = obj.sampling_params or {}
     if int(sampling.get("n") or 1) > 1:
-        raise ValueError(
-            f"n is {sampling['n']}, PrefillShare answers one sample per request. Send the request n times: "
-            "all of them share one prefill."
-        )
+        raise ValueError(f"n is {sampling['n']} for one request of several: it was taken apart before.")
     if sampling.get("beam_width") or sampling.get("use_beam_search"):
         raise ValueError("beam search is not supported with PrefillShare: use temperature and top_p.")
     if obj.return_logprob and obj.logprob_start_len not in (None, -1):

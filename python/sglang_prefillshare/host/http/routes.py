@@ -5,23 +5,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final
 
 import sglang_prefillshare
 from sglang_prefillshare.host.http.modules import ModuleMiddleware
 from sglang_prefillshare.host.http.requests import check_lists, limits_of
+from sglang_prefillshare.host.http.samples import answer_prompt_first, sample_count
 from sglang_prefillshare.host.http.tree import SilentSchedulerError, TreeDescriptions, parse_limit
 from sglang_prefillshare.host.roles.prefill import REPORT_KEY
 from sglang_prefillshare.host.roles.role import SchedulerRole, role_of
 from sglang_prefillshare.host.room import find_room, offer_room
 from sglang_prefillshare.protocol import (
+    ADAPTER_HEADER,
     BOUNDARY_RULE,
     CACHED_TOKENS_HEADER,
     CROSS_MODEL_HEADER,
+    MODULE_HEADER,
     PROMPT_TOKENS_HEADER,
+    RID_HEADER,
     TREE_PATH,
     WORKER_INFO_PATH,
     Role,
@@ -53,9 +58,35 @@ _CLOSED_WITHOUT_ADAPTERS: Final = {
 }
 """Paths that only a worker whose modules are adapters has open."""
 
+RESPONSES_PATH: Final = "/v1/responses"
 _HEALTH_PATHS: Final = ("/health", "/health_generate", "/ready")
 
-_leg: ContextVar[dict[str, int] | None] = ContextVar("prefill_share_leg", default=None)
+
+@dataclass(slots=True)
+class _Leg:
+    """One HTTP request of the worker: what its headers call it, and what is counted for the head of its answer."""
+
+    rid: str | None
+    module: str | None
+    adapter: str | None
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, headers: Iterable[tuple[bytes, bytes]]) -> _Leg:
+        by_name = {name.decode("latin-1"): value.decode("utf-8", "replace") for name, value in headers}
+        return cls(by_name.get(RID_HEADER), by_name.get(MODULE_HEADER), by_name.get(ADAPTER_HEADER))
+
+    def name(self, obj: Any) -> None:
+        """Give a request its leg's id and module, where its API has no place for them."""
+        if self.rid is not None and obj.rid is None:
+            obj.rid = self.rid
+        if self.module is not None and hasattr(obj, "routing_key") and obj.routing_key is None:
+            obj.routing_key = self.module
+        if self.adapter is not None and obj.lora_path is None:
+            obj.lora_path = self.adapter
+
+
+_leg: ContextVar[_Leg | None] = ContextVar("prefill_share_leg", default=None)
 
 
 def get_init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
@@ -99,6 +130,7 @@ def setup_http_server(
         LegMiddleware,
         handoff_failure=failure,
         is_warming_up=lambda: _is_warming_up(tokenizer_manager),
+        has_responses=lambda: hasattr(http_server.app.state, "openai_serving_responses"),
         has_adapters=has_adapters,
     )
     if has_adapters:
@@ -171,9 +203,11 @@ class LegMiddleware:
         *,
         handoff_failure: str | None = None,
         is_warming_up: Callable[[], bool] = lambda: False,
+        has_responses: Callable[[], bool] = lambda: True,
         has_adapters: bool = False,
     ) -> None:
         self._app = app
+        self._has_responses = has_responses
         self._has_adapters = has_adapters
         self._handoff_failure = handoff_failure
         self._is_warming_up = is_warming_up
@@ -191,8 +225,13 @@ class LegMiddleware:
         ):
             await _refuse(send, self._handoff_failure, status=HTTPStatus.SERVICE_UNAVAILABLE)
             return
-        counts: dict[str, int] = {}
-        _leg.set(counts)
+        if scope["path"].startswith(RESPONSES_PATH) and not self._has_responses():
+            reason = f"{RESPONSES_PATH} is off on this worker, its log says why: SGLang needs openai-harmony for it."
+            await _refuse(send, reason, status=HTTPStatus.NOT_IMPLEMENTED)
+            return
+        leg = _Leg.of(scope["headers"])
+        counts = leg.counts
+        _leg.set(leg)
 
         async def send_with_counts(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start" and counts:
@@ -215,28 +254,69 @@ async def _refuse(send: Any, reason: str, *, status: HTTPStatus = HTTPStatus.BAD
 
 def _error(reason: str, status: HTTPStatus) -> dict[str, Any]:
     """An error in SGLang's form."""
-    kind = "BadRequestError" if status == HTTPStatus.BAD_REQUEST else "ServiceUnavailableError"
+    kind = "BadRequestError" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "ServiceUnavailableError"
     return {"error": {"message": reason, "type": kind, "code": int(status)}}
 
 
-def generate_request(original: Callable[..., AsyncIterator[Any]], *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-    """Hook on the tokenizer manager: refuse lists that fit no batch, and see each answer's meta information on its way
-    out; change nothing."""
+def generate_request(
+    original: Callable[..., AsyncGenerator[Any, None]], *args: Any, **kwargs: Any
+) -> AsyncIterator[Any]:
+    """Hook on the tokenizer manager: refuse lists that fit no batch, name a leg that its API has no name for, answer
+    several times where that is asked for, and see each answer's meta information on its way out."""
     return _observed(original, *args, **kwargs)
 
 
-async def _observed(original: Callable[..., AsyncIterator[Any]], *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
-    check_lists(kwargs["obj"] if "obj" in kwargs else args[1])
-    async with contextlib.aclosing(original(*args, **kwargs)) as stream:  # type: ignore[type-var]
+async def _observed(
+    original: Callable[..., AsyncGenerator[Any, None]], self: Any, obj: Any, request: Any = None
+) -> AsyncIterator[Any]:
+    leg = _leg.get()
+    if leg is not None:
+        leg.name(obj)
+    try:
+        count = sample_count(obj)
+        if count == 1:
+            check_lists(obj)
+    except ValueError:
+        obj.is_single, obj.rid = False, []  # SGLang looks at both when a stream has ended, and would end its connection
+        raise
+    if count == 1:
+        answers: AsyncGenerator[Any, None] = original(self, obj, request)
+    else:
+        answers = _several(original, self, obj, request, count)
+    async with contextlib.aclosing(answers) as stream:
         async for answer in stream:
             _count(answer)
             yield answer
 
 
+def _several(
+    original: Callable[..., AsyncGenerator[Any, None]], manager: Any, obj: Any, request: Any, count: int
+) -> AsyncGenerator[Any, None]:
+    settings = current_settings()
+    assert settings is not None
+
+    def generate(half: Any) -> AsyncGenerator[Any, None]:
+        check_lists(half)
+        return original(manager, half, request)
+
+    async def is_gone() -> bool:
+        return request is not None and bool(await request.is_disconnected())
+
+    return answer_prompt_first(
+        generate,
+        obj,
+        count,
+        is_prefill=settings.role is Role.PREFILL,
+        can_stream=not (manager.incremental_streaming_output or obj.return_flat_raw_output_top_logprobs),
+        is_gone=is_gone,
+    )
+
+
 def _count(answer: Any) -> None:
-    counts = _leg.get()
-    if counts is None:
+    leg = _leg.get()
+    if leg is None:
         return
+    counts = leg.counts
     for item in answer if isinstance(answer, list) else [answer]:
         meta = item.get("meta_info", {}) if isinstance(item, dict) else {}
         if REPORT_KEY not in meta:
