@@ -110,14 +110,18 @@ class ClientRequest:
 
     @property
     def output_limits(self) -> list[int | None]:
-        """How many tokens each prompt's answer may have; None where only the context's end limits it."""
+        """How many tokens each answer may have, in the order of the prompts; None where the context's end limits it."""
         params = self.body.get("sampling_params")
         count = len(self.prompts)
         if self.endpoint is Endpoint.GENERATE:
             each = params if isinstance(params, list) else [params] * count
-            return [_first_number(item or {}, "max_new_tokens", default=_GENERATE_OUTPUT_TOKENS) for item in each]
+            limits = [_first_number(item or {}, "max_new_tokens", default=_GENERATE_OUTPUT_TOKENS) for item in each]
+            return [limit for limit in limits for _ in range(self.samples)]
         default = _COMPLETIONS_OUTPUT_TOKENS if self.endpoint is Endpoint.COMPLETIONS else None
-        return [_first_number(self.body, "max_completion_tokens", "max_tokens", default=default)] * count
+        names = (
+            ("max_output_tokens",) if self.endpoint is Endpoint.RESPONSES else ("max_completion_tokens", "max_tokens")
+        )
+        return [_first_number(self.body, *names, default=default)] * (count * self.samples)
 
     @property
     def priority(self) -> int | None:

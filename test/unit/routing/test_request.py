@@ -222,5 +222,14 @@ def test_a_key_in_anthropics_header_reaches_workers_that_know_the_other_and_is_r
     assert forwarded_headers(both, request_id="r", credentials=[]) == inner[:2]
 
 
+def test_every_answer_has_a_limit_of_its_own_to_make_room_for():
+    chat = {"messages": [{"role": "user", "content": "x"}]}
+    assert parsed(Endpoint.CHAT, chat | {"n": 3, "max_tokens": 7}).output_limits == [7, 7, 7]
+    params = [{"n": 2, "max_new_tokens": 5}, {"n": 2}]
+    assert parsed(Endpoint.GENERATE, {"text": ["a", "b"], "sampling_params": params}).output_limits == [5, 5, 128, 128]
+    assert parsed(Endpoint.RESPONSES, {"input": "x", "max_output_tokens": 9}).output_limits == [9]
+    assert parsed(Endpoint.MESSAGES, chat | {"max_tokens": 4}).output_limits == [4]
+
+
 def test_rooms_are_never_zero_and_fit_63_bits():
     assert all(1 <= room < 2**63 for room in draw_rooms(1000))
