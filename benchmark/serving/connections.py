@@ -1,4 +1,4 @@
-"""What do clients that misbehave cost the router: that idle, read slowly, send half a request, or never come to its end?
+"""What do clients that misbehave cost the router: that idle, read slowly, send half a request, or never end one?
 
 Stub workers answer at once, a slow reader asks for an answer of some megabytes, and one well-behaved client asks all
 the while. The router's memory is looked at before, at its peak, and after all have left; nothing may be in flight
