@@ -67,11 +67,11 @@ class Admin:
 
     def routes(self) -> list[Route]:
         return [
-            Route("/admin/workers", self._guarded(self.add_worker), methods=["POST"]),
-            Route("/admin/workers", self._guarded(self.remove_worker), methods=["DELETE"]),
-            Route("/admin/workers/drain", self._guarded(self.drain_worker), methods=["POST"]),
-            Route("/modules", self._guarded(self.load_module), methods=["POST"]),
-            Route("/modules/{name:path}", self._guarded(self.unload_module), methods=["DELETE"]),
+            Route("/admin/workers", self.guarded(self.add_worker), methods=["POST"]),
+            Route("/admin/workers", self.guarded(self.remove_worker), methods=["DELETE"]),
+            Route("/admin/workers/drain", self.guarded(self.drain_worker), methods=["POST"]),
+            Route("/modules", self.guarded(self.load_module), methods=["POST"]),
+            Route("/modules/{name:path}", self.guarded(self.unload_module), methods=["DELETE"]),
         ]
 
     async def add_worker(self, request: Request) -> Response:
@@ -114,7 +114,7 @@ class Admin:
 
     # -- who asks, and what for
 
-    def _guarded(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
+    def guarded(self, endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
         """Nothing of a request is read before its key was right."""
 
         async def answer(request: Request) -> Response:

@@ -463,6 +463,9 @@ class _Generation:
 def create_app(config: RouterConfig, *, router: Router | None = None) -> Starlette:
     """The router for `config`, as an ASGI app; its `state.router` is the `Router`."""
     router = router or Router(config)
+    admin = Admin(router)
+    # Where clients have keys of the router's, the workers' own cannot tell who may empty their caches.
+    flush_cache = router.flush_cache if router.keys is None else admin.guarded(router.flush_cache)
 
     def routes(prefix: str) -> list[Route]:
         return [
@@ -480,7 +483,7 @@ def create_app(config: RouterConfig, *, router: Router | None = None) -> Starlet
             Route(f"{prefix}/get_model_info", router.model_info),
             Route(f"{prefix}/server_info", router.server_info),
             Route(f"{prefix}/get_server_info", router.server_info),
-            Route(f"{prefix}/flush_cache", router.flush_cache, methods=["GET", "POST"]),
+            Route(f"{prefix}/flush_cache", flush_cache, methods=["GET", "POST"]),
         ]
 
     @contextlib.asynccontextmanager
@@ -498,7 +501,7 @@ def create_app(config: RouterConfig, *, router: Router | None = None) -> Starlet
             *router.board.routes(),
             Route("/livez", router.live),
             Route("/readyz", router.ready),
-            *Admin(router).routes(),
+            *admin.routes(),
             *routes("/m/{model:path}"),
         ],
         middleware=_in_front(router),

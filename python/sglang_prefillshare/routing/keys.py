@@ -6,6 +6,7 @@ once, to whoever adds it.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import logging
@@ -35,6 +36,8 @@ OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/health"})
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _RELOAD_INTERVAL_S: Final = 1.0
+_BROWSERS: Final = b'Basic realm="prefillshare: any name, and a key of yours as the password", charset="UTF-8"'
+"""Has a browser ask its user, and show what it was told to all that the page asks for."""
 
 
 def digest_of(key: str) -> str:
@@ -147,11 +150,17 @@ class KeyFile:
 
 
 def key_in(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
-    """The key that a request carries: `Authorization: Bearer KEY`, or `x-api-key: KEY`, as Anthropic's clients send."""
+    """The key that a request carries: `Authorization: Bearer KEY`, or `x-api-key: KEY`, as Anthropic's clients send, or
+    as the password that a browser asked for."""
     by_name = dict(headers)
     scheme, _, key = by_name.get(b"authorization", b"").decode("latin-1").partition(" ")
     if scheme.lower() == "bearer" and key.strip():
         return key.strip()
+    if scheme.lower() == "basic":
+        try:
+            return base64.b64decode(key, validate=True).decode("latin-1").partition(":")[2] or None
+        except ValueError:
+            return None
     other = by_name.get(b"x-api-key")
     return None if other is None else other.decode("latin-1").strip()
 
@@ -183,9 +192,9 @@ def is_open(path: str) -> bool:
     administrator's, who has a key of another kind."""
     return (
         path in OPEN_PATHS
-        or (path.startswith("/m/") and path.endswith("/health"))
+        or path in ("/modules", "/flush_cache")
         or path.startswith(("/admin/", "/modules/"))
-        or path == "/modules"
+        or (path.startswith("/m/") and path.endswith(("/health", "/flush_cache")))
     )
 
 
@@ -199,7 +208,7 @@ async def _refuse(path: str, *, is_missing: bool, send: Send) -> None:
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", b"%d" % len(body)),
-        (b"www-authenticate", b"Bearer"),
+        (b"www-authenticate", _BROWSERS if path == "/ui" or path.startswith("/ui/") else b"Bearer"),
     ]
     await send({"type": "http.response.start", "status": 401, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -1,5 +1,6 @@
 """Keys of the router's clients: the file, and what passes the gate."""
 
+import base64
 import os
 import stat
 
@@ -113,7 +114,15 @@ def test_only_known_keys_pass_and_no_worker_sees_one(tmp_path):
                 for seen in worker.seen:
                     assert seen.headers["authorization"] == "Bearer inner"
                     assert key not in str(seen.headers) and "x-api-key" not in seen.headers
+            page = await system.get("/ui")
+            assert page.status == 401 and page.headers["WWW-Authenticate"].startswith("Basic ")
+            for told, status in ((f"me:{key}", 200), ("me:wrong", 401), (key, 401)):
+                basic = {"Authorization": f"Basic {base64.b64encode(told.encode()).decode()}"}
+                async with system.http.get(system.url + "/ui/state", headers=basic) as response:
+                    assert response.status == status
             bearer = {"Authorization": f"Bearer {key}"}
+            async with system.http.post(system.url + "/m/coder/flush_cache", headers=bearer) as response:
+                assert response.status == 403 and "--admin-api-key" in await response.text()
             async with system.http.get(system.url + "/calls", headers=bearer) as response:
                 assert {call["caller"] for call in (await response.json())["calls"]} == {"alice"}
             # A browser asks first, without a key, and may read the refusal.
