@@ -456,7 +456,7 @@ async def running_system(
         prepare(prefill_workers, decode_workers)
     settings: dict[str, Any] = {
         "poll_interval_s": 0.03,
-        "poll_timeout_s": 0.2,
+        "poll_timeout_s": 1.0,
         "connect_timeout_s": 0.5,
         "request_timeout_s": 10.0,
         "loss_wait_s": 0.2,

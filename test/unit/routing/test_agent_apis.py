@@ -177,7 +177,7 @@ def test_a_lost_prefill_is_noticed_behind_an_error_that_says_nothing():
     """SGLang's `/v1/messages` hides that the KV did not come."""
 
     async def scenario():
-        async with running_system(prefill=2, decode={"planner": 1}, loss_wait_s=3.0, poll_timeout_s=0.05) as system:
+        async with running_system(prefill=2, decode={"planner": 1}, loss_wait_s=3.0, poll_timeout_s=0.3) as system:
             first, decode = system.prefill[0], system.decode["planner"][0]
             decode.said = b'{"type":"error","error":{"type":"api_error","message":"Internal server error"}}'
             first.script, decode.script = ["hang"], ["said:500"]

@@ -308,7 +308,7 @@ def test_health_says_what_is_missing_and_recovers():
 
 def test_a_worker_that_hangs_goes_down_and_its_legs_fail():
     async def scenario():
-        async with running_system(poll_timeout_s=0.05) as system:
+        async with running_system(poll_timeout_s=0.3) as system:
             prefill, decode = system.prefill[0], system.decode["planner"][0]
             decode.behave = prefill.behave = "hang"
             client = asyncio.create_task(system.chat())

@@ -434,7 +434,7 @@ async def assert_prefilled_again(system, answer, *, stream):
 @pytest.mark.parametrize("how", ["die", "die_mid_body", "broken_then_silent", "stopped", "down"])
 def test_a_lost_prefill_leg_is_replaced_once_with_its_decode_leg(how, stream):
     async def scenario():
-        async with running_system(prefill=2, decode={"planner": 1}, loss_wait_s=3.0, poll_timeout_s=0.05) as system:
+        async with running_system(prefill=2, decode={"planner": 1}, loss_wait_s=3.0, poll_timeout_s=0.3) as system:
             urls = [worker.url for worker in system.prefill]
             system.prefill.sort(key=lambda worker: worker.url != home("s", urls))
             first, decode = system.prefill[0], system.decode["planner"][0]
@@ -460,7 +460,7 @@ def test_a_lost_prefill_leg_is_replaced_once_with_its_decode_leg(how, stream):
 def test_the_end_of_prefill_and_what_decode_says_of_it_may_come_in_either_order(order, stream):
     async def scenario():
         async with running_system(
-            prefill=2, decode={"planner": 1}, loss_wait_s=3.0, poll_timeout_s=0.05, poll_misses_until_down=1000
+            prefill=2, decode={"planner": 1}, loss_wait_s=3.0, poll_timeout_s=0.3, poll_misses_until_down=1000
         ) as system:
             first, decode = system.prefill[0], system.decode["planner"][0]
             first.script = ["hang"]
