@@ -1,6 +1,6 @@
 # `make` lists what there is to do.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-disaggregated test test-slow test-gpu soak fuzz kill-matrix figure2 table1 lint fmt bench-training bench-handoff bench-router bench-streams bench-idle bench-overload bench-serving bench-gpu bench-smoke clean
+.PHONY: help setup demo demo-disaggregated test test-slow test-gpu soak fuzz kill-matrix figure2 table1 lint fmt bench-training bench-handoff bench-router bench-streams bench-connections bench-idle bench-overload bench-serving bench-gpu bench-smoke clean
 
 PYTHON := .venv/bin/python
 # Several processes of several OpenMP threads each stall one another on a small machine.
@@ -68,6 +68,9 @@ bench-router: setup ## Measure what the router adds to a request
 
 bench-streams: setup ## Measure how many streams a second one router process passes on
 	@$(PYTHON) benchmark/serving/streams.py
+
+bench-connections: setup ## Measure what clients that idle, read slowly or send half a request cost the router
+	@$(PYTHON) benchmark/serving/connections.py
 
 bench-idle: setup ## Measure what an idle deployment costs, and what waking it up costs
 	@$(PYTHON) benchmark/serving/idle.py
