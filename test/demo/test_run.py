@@ -16,7 +16,13 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("layout", "servers"), [((), 1), (("--disaggregated",), 5)], ids=["unified", "disaggregated"])
+@pytest.mark.parametrize(
+    ("layout", "servers"),
+    [
+        pytest.param((), 1, id="unified"),
+        pytest.param(("--disaggregated",), 5, id="disaggregated", marks=pytest.mark.slow),
+    ],
+)
 def test_one_turn_of_few_tokens(tmp_path: Path, layout: tuple[str, ...], servers: int) -> None:
     command = [sys.executable, "examples/demo/run.py", "--turns", "1", "--max-new-tokens", "4", "--out", str(tmp_path)]
     command += layout

@@ -110,7 +110,7 @@ def test_a_decode_worker_without_a_name_is_refused(capsys: pytest.CaptureFixture
 
 def test_what_the_routers_flags_say_reaches_its_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[RouterConfig] = []
-    monkeypatch.setattr("sglang_prefillshare.routing.server.serve", served.append)
+    monkeypatch.setattr("sglang_prefillshare.routing.server.serve", lambda config, *, router: served.append(config))
     workers = ("route", "--prefill", "http://a:1", "--decode", "planner=http://b:2")
     room = ("--queue-size", "7", "--queue-timeout", "3", "--output-share", "0.5", "--no-admission")
     faults = ("--retries", "2", "--breaker-failures", "4", "--breaker-backoff", "1.5")
