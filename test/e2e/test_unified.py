@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
+import torch
 
 from sglang_prefillshare.config import AdapterModule, Topology, WorkerSettings
 from sglang_prefillshare.protocol import TREE_PATH
@@ -136,6 +137,31 @@ def test_under_pressure_prompts_are_evicted_and_requests_retracted_and_answers_s
         (name, clear_prompt(oracle, 60 + n, 40, seed=n)) for n in range(4) for name, oracle in unified.oracles.items()
     ]
     answers = check_all(unified, jobs, new_tokens=40)
+    assert any(answer.body["meta_info"].get("num_retractions") for answer in answers), "nothing was retracted"
+
+
+def test_what_is_retracted_goes_on_with_its_penalties(unified: Unified) -> None:
+    """SGLang makes new penalties for a request that resumes, which know nothing of what it had generated."""
+    strength = 0.7
+
+    def penalised(logits: torch.Tensor, answer: list[int]) -> torch.Tensor:
+        return logits - strength * torch.bincount(torch.tensor(answer, dtype=torch.long), minlength=len(logits))
+
+    def clear(oracle: Oracle, seed: int) -> list[int]:
+        for attempt in range(50):
+            prompt = sample_prompt(80, seed=100 * seed + attempt)
+            if oracle.generate(prompt, 40, adjust=penalised).smallest_gap >= 3e-3:
+                return prompt
+        raise AssertionError("50 prompts, and each has an answer with a near tie")
+
+    jobs = [(name, clear(oracle, seed)) for seed in range(2) for name, oracle in unified.oracles.items()]
+    bodies = []
+    for name, prompt in jobs:
+        body = greedy(prompt, 40)
+        bodies.append((name, {**body, "sampling_params": {**body["sampling_params"], "frequency_penalty": strength}}))
+    answers = ask_all(unified, bodies)
+    for (name, prompt), answer in zip(jobs, answers, strict=True):
+        unified.oracles[name].check(prompt, answer.token_ids, 40, adjust=penalised)
     assert any(answer.body["meta_info"].get("num_retractions") for answer in answers), "nothing was retracted"
 
 

@@ -361,6 +361,11 @@ UNIFIED_SCHEDULER: Final = (
         retire_when="never: an extension point of SGLang's",
     ),
     Seam(
+        f"{_BATCH}.prepare_for_extend", "roles.unified:prepare_for_extend", "around", ("self",),
+        why="a retracted request's penalties go on", changes="the penalizers' rows",
+        retire_when="SGLang tells new penalties of what a request has generated",
+    ),
+    Seam(
         "sglang.srt.mem_cache.common.match_kv_cache", "roles.unified:match_kv_cache", "around",
         ("req", "tree_cache", "token_ids", "cow_mamba", "max_prefix_len"),
         why="xn and what follows are the module's, whatever another prompt held", changes=_NOTHING,

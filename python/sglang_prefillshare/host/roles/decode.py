@@ -11,8 +11,8 @@ token does so for two steps then, and what counts tokens must not take the secon
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from sglang_prefillshare.errors import HandoffError
 from sglang_prefillshare.handoff.receipt import FIRST_SLOT, ROOM_MASK, Receipt
 from sglang_prefillshare.host.roles.adapters import try_adapters
 from sglang_prefillshare.host.roles.grammar import blame_request
+from sglang_prefillshare.host.roles.penalties import rows_kept, tell_again
 from sglang_prefillshare.host.roles.role import (
     NO_BASE,
     attach_role,
@@ -201,27 +202,8 @@ def prepare_for_prebuilt(original: Callable[..., None], self: Any) -> None:
         original(self)
     for req in self.reqs:
         setattr(req, _TOLD, None)
-    _tell_again(self)
-
-
-def _tell_again(batch: Any) -> None:
-    """Tell new penalties of what a retracted request had generated, but for its last token: its first step does that.
-
-    SGLang starts at nothing again, and would forbid the stop tokens for `min_new_tokens` more.
-    """
-    import torch
-
-    orchestrator = batch.sampling_info.penalizer_orchestrator
-    told = [list(req.output_ids[:-1]) for req in batch.reqs]
-    steps = max(map(len, told), default=0)
-    if not steps or not orchestrator.is_required:
-        return
-    padded = torch.tensor([[*tokens, *[0] * (steps - len(tokens))] for tokens in told], dtype=torch.int64)
-    with ExitStack() as ended:
-        for step, column in enumerate(padded.to(batch.device).unbind(1)):
-            rows = [row for row, tokens in enumerate(told) if len(tokens) == step]
-            ended.enter_context(_rows_kept(batch, dict.fromkeys(orchestrator.penalizers, rows)))
-            orchestrator.cumulate_output_tokens(column)
+    # But for each one's last token: its first step does that.
+    tell_again(self, [list(req.output_ids[:-1]) for req in self.reqs])
 
 
 def process_prebuilt(original: Callable[..., None], self: Any, future_map: Any) -> None:
@@ -293,23 +275,8 @@ def cumulate_penalty_output_tokens(original: Callable[..., None], self: Any) -> 
             nothing_new.append(row)
         setattr(req, _TOLD, len(req.output_ids))
     penalizers = self.sampling_info.penalizer_orchestrator.penalizers
-    with _rows_kept(self, dict.fromkeys(penalizers, nothing_new) | {BatchedMinNewTokensPenalizer: first}):
+    with rows_kept(self, dict.fromkeys(penalizers, nothing_new) | {BatchedMinNewTokensPenalizer: first}):
         original(self)
-
-
-@contextmanager
-def _rows_kept(batch: Any, rows: Mapping[type, list[int]]) -> Iterator[None]:
-    """Give each penalizer class its `rows` back as they were before what SGLang counts in the meantime."""
-    import torch
-
-    kept: list[tuple[Any, str, list[int], Any]] = []
-    for kind, penalizer in batch.sampling_info.penalizer_orchestrator.penalizers.items():
-        for name, value in vars(penalizer).items() if rows[kind] else ():
-            if isinstance(value, torch.Tensor) and value.dim() and value.shape[0] == len(batch.reqs):
-                kept.append((penalizer, name, rows[kind], value[rows[kind]].clone()))
-    yield
-    for penalizer, name, those, values in kept:
-        getattr(penalizer, name)[those] = values
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from sglang_prefillshare.errors import SeamError
 from sglang_prefillshare.host.roles.adapters import try_adapters
+from sglang_prefillshare.host.roles.penalties import tell_again
 from sglang_prefillshare.host.roles.role import attach_role, check_pool, role_of
 from sglang_prefillshare.host.roles.tree import attach_tree
 
@@ -84,6 +85,12 @@ def checkpoint(original: Callable[..., None], self: Any, req: Any, *, up_to: int
     """Put no more of a request into the tree than x1..x(n-1), at whole pages: the page of xn stays the request's."""
     if kept := min(up_to, _boundary(req)):
         original(self, req, up_to=kept, **kwargs)
+
+
+def prepare_for_extend(original: Callable[..., None], self: Any) -> None:
+    """A request that resumes goes on with its penalties, where SGLang would start them at nothing again."""
+    original(self)
+    tell_again(self, [list(req.output_ids) for req in self.reqs])
 
 
 def validate_lora_batch(original: Callable[..., bool], self: Any, lora_ids: set[str | None]) -> bool:
