@@ -322,9 +322,11 @@ def _mark(reached: dict[str, asyncio.Event] | None, count: int) -> None:
 
 
 def _kill(worker: Worker) -> float:
-    """SIGKILL the server and all that belongs to it, as when memory runs out; returns when."""
+    """SIGKILL what a worker's server has started, which computes, and which it outlives by a second at most; of the
+    router, itself. Returns when."""
     assert worker.pid is not None
-    for process in psutil.Process(worker.pid).children(recursive=True):
+    root = psutil.Process(worker.pid)
+    for process in root.children(recursive=True) or [root]:
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
     return time.monotonic()
