@@ -28,7 +28,7 @@ import uvloop
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from benchmark.serving.streams import MODULE, start_router, start_stubs, until_ready  # noqa: E402
+from benchmark.serving.streams import MODULE, generate_request, routed_stubs, until_ready  # noqa: E402
 from sglang_prefillshare.environment import describe_environment  # noqa: E402
 from sglang_prefillshare.workloads.report import percentile  # noqa: E402
 
@@ -50,15 +50,8 @@ _Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 @click.option("--out", default=ROOT / "out", type=click.Path(path_type=Path), show_default=False)
 def main(idle: int, slow: int, half: int, endless: int, seconds: float, limit_mib: float, out: Path) -> None:
     counts = {"idle": idle, "slow": slow, "half": half, "endless": endless}
-    stubs, ports = start_stubs()
-    router, port = start_router(ports)
-    try:
-        found = uvloop.run(measure(port, router.pid, counts, seconds))
-    finally:
-        for process in (router, stubs):
-            process.terminate()
-        router.wait(timeout=30)
-        stubs.join(timeout=30)
+    with routed_stubs() as (pid, port):
+        found = uvloop.run(measure(port, pid, counts, seconds))
     good = found["good"]
     click.echo(
         f"router {found['before_mib']:.0f} MiB before, {found['peak_mib']:.0f} at most, "
@@ -81,7 +74,7 @@ def main(idle: int, slow: int, half: int, endless: int, seconds: float, limit_mi
 
 
 async def measure(port: int, pid: int, counts: dict[str, int], seconds: float) -> dict[str, Any]:
-    await until_ready(port)
+    await until_ready(f"http://127.0.0.1:{port}")
     process = psutil.Process(pid)
     latencies_s: list[float] = []
     failures: list[str] = []
@@ -124,7 +117,8 @@ def _mib(process: psutil.Process) -> float:
 
 
 async def _crowd(port: int, counts: dict[str, int]) -> dict[str, list[_Streams]]:
-    heads = {"idle": b"", "slow": _request(LONG_ANSWER_TOKENS), "half": b"POST /generate HTTP/1.1\r\nhost: r\r\nconte"}
+    long = generate_request(prompt_tokens=64, tokens=LONG_ANSWER_TOKENS)
+    heads = {"idle": b"", "slow": long, "half": b"POST /generate HTTP/1.1\r\nhost: r\r\nconte"}
     heads["endless"] = b"POST /generate HTTP/1.1\r\nhost: r\r\ncontent-length: 50000000\r\n\r\n{"
     crowd: dict[str, list[_Streams]] = {}
     for kind, count in counts.items():
@@ -134,12 +128,6 @@ async def _crowd(port: int, counts: dict[str, int]) -> dict[str, list[_Streams]]
             writer.write(heads[kind])
             crowd[kind].append((reader, writer))
     return crowd
-
-
-def _request(tokens: int) -> bytes:
-    body = {"model": MODULE, "input_ids": list(range(10, 74)), "stream": True}
-    raw = json.dumps({**body, "sampling_params": {"temperature": 0, "max_new_tokens": tokens}}).encode()
-    return b"POST /generate HTTP/1.1\r\nhost: r\r\ncontent-length: %d\r\n\r\n%b" % (len(raw), raw)
 
 
 async def _feed(streams: _Streams) -> None:

@@ -31,6 +31,7 @@ import click
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from benchmark.serving.streams import until_ready  # noqa: E402
 from sglang_prefillshare.config import topology_from  # noqa: E402
 from sglang_prefillshare.deployment import Deployment, PortBlocks  # noqa: E402
 from sglang_prefillshare.display import Display  # noqa: E402
@@ -42,7 +43,6 @@ WORKER_ARGS = {"dtype": "float32", "page-size": 1}
 RESERVED_TOKENS = 8
 """What decode keeps free for each request: less than an answer, so that without admission it has to retract."""
 REQUEST_TIMEOUT_S = 120.0
-ROUTER_READY_S = 30.0
 
 
 @dataclass(slots=True)
@@ -162,16 +162,6 @@ def second_router(deployment: Deployment, *flags: str) -> Iterator[str]:
         process.terminate()
         process.wait(timeout=30)
         ports.release()
-
-
-async def until_ready(url: str) -> None:
-    async with asyncio.timeout(ROUTER_READY_S), aiohttp.ClientSession() as client:
-        while True:
-            with contextlib.suppress(aiohttp.ClientError):
-                async with client.get(f"{url}/health") as response:
-                    if response.status == 200:
-                        return
-            await asyncio.sleep(0.1)
 
 
 async def run_all(variants: list[tuple[Variant, str]], *, prompt_tokens: int, new_tokens: int) -> None:

@@ -11,6 +11,7 @@ out/bench/streams/summary.json.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import multiprocessing
@@ -20,7 +21,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -57,16 +58,9 @@ def main(sizes: Sequence[int], seconds: float, prompt_tokens: int, out: Path) ->
     cores = sorted(os.sched_getaffinity(0))
     ours, routers = (cores[1:], cores[:1]) if len(cores) > 1 else (cores, cores)
     os.sched_setaffinity(0, ours)  # the stubs inherit it
-    stubs, ports = start_stubs()
-    router, url_port = start_router(ports)
-    try:
-        psutil.Process(router.pid).cpu_affinity(routers)
-        rows = uvloop.run(measure(url_port, sizes, seconds, prompt_tokens))
-    finally:
-        for process in (router, stubs):
-            process.terminate()
-        router.wait(timeout=30)
-        stubs.join(timeout=30)
+    with routed_stubs() as (pid, port):
+        psutil.Process(pid).cpu_affinity(routers)
+        rows = uvloop.run(measure(port, sizes, seconds, prompt_tokens))
     for row in rows:
         click.echo(
             f"{row['clients']:4} clients {row['streams_per_s']:8.0f} streams/s   "
@@ -195,6 +189,22 @@ def start_router(ports: dict[Role, int]) -> tuple[subprocess.Popen[bytes], int]:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL), port
 
 
+@contextlib.contextmanager
+def routed_stubs() -> Iterator[tuple[int, int]]:
+    """A router before stub workers; yields its process id and its port."""
+    stubs, ports = start_stubs()
+    try:
+        router, port = start_router(ports)
+        try:
+            yield router.pid, port
+        finally:
+            router.terminate()
+            router.wait(timeout=30)
+    finally:
+        stubs.terminate()
+        stubs.join(timeout=30)
+
+
 # ---- clients -------------------------------------------------------------------------------------------------------
 
 
@@ -249,14 +259,18 @@ class Client(asyncio.Protocol):
         self._transport.write(self._request)
 
 
+def generate_request(*, prompt_tokens: int, tokens: int) -> bytes:
+    """A whole HTTP request for a streamed answer of so many tokens."""
+    body = {"model": MODULE, "input_ids": list(range(10, 10 + prompt_tokens)), "stream": True}
+    raw = json.dumps({**body, "sampling_params": {"temperature": 0, "max_new_tokens": tokens}}).encode()
+    head = b"POST /generate HTTP/1.1\r\nhost: r\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    return head % len(raw) + raw
+
+
 async def measure(port: int, sizes: Sequence[int], seconds: float, prompt_tokens: int) -> list[dict[str, Any]]:
     """A row for each number of clients."""
-    await until_ready(port)
-    body = {"model": MODULE, "input_ids": list(range(10, 10 + prompt_tokens)), "stream": True}
-    body["sampling_params"] = {"temperature": 0, "max_new_tokens": TOKENS}
-    raw = json.dumps(body).encode()
-    request = b"POST /generate HTTP/1.1\r\nhost: r\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
-    request %= (len(raw), raw)
+    await until_ready(f"http://127.0.0.1:{port}")
+    request = generate_request(prompt_tokens=prompt_tokens, tokens=TOKENS)
     await _run(port, request, clients=4, seconds=1.0)  # connections, and what is compiled at its first use
     rows = []
     for clients in sizes:
@@ -279,12 +293,13 @@ async def measure(port: int, sizes: Sequence[int], seconds: float, prompt_tokens
     return rows
 
 
-async def until_ready(port: int) -> None:
+async def until_ready(url: str) -> None:
+    """Wait until the router at `url` answers that all is ready."""
     deadline = time.monotonic() + READY_S
     async with aiohttp.ClientSession() as client:
         while time.monotonic() < deadline:
             try:
-                async with client.get(f"http://127.0.0.1:{port}/health") as response:
+                async with client.get(f"{url}/health") as response:
                     if response.status == 200:
                         return
             except aiohttp.ClientError:
