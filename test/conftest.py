@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 WITH_SERVERS = ("test/demo/", "test/e2e/", "test/host/test_cpu_launch.py")
+WITHOUT = ("test/e2e/test_scripts.py::test_scripts_of_one_process", "test/e2e/test_scripts.py::test_the_copy_benchmark")
+"""Of those, tests that need none; the two processes are about as long then."""
 
 
 def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
@@ -17,6 +19,7 @@ def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
 
     class Lanes(LoadScopeScheduling):  # type: ignore[misc, no-any-unimported, unused-ignore]
         def _split_scope(self, nodeid: str) -> str:
-            return "servers" if nodeid.startswith(WITH_SERVERS) else "rest"
+            has_servers = nodeid.startswith(WITH_SERVERS) and not nodeid.startswith(WITHOUT)
+            return "servers" if has_servers else "rest"
 
     return Lanes(config, log)

@@ -12,6 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from sglang_prefillshare.bounded_http import MAX_HEAD_BYTES
 from sglang_prefillshare.deployment import Deployment, Worker
 from test.e2e.conftest import Models
 from test.support.models import sample_prompt
@@ -167,6 +168,22 @@ def test_arrays_inside_arrays_and_encoded_bodies_are_refused_by_name(deployment:
             assert status == 415 and "gzip" in body["error"]["message"]
 
     asyncio.run(run())
+
+
+def test_a_head_without_an_end_is_refused_at_every_door(deployment: Deployment) -> None:
+    async def refusal(port: int) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"POST /generate HTTP/1.1\r\nhost: r\r\nx-long: " + b"a" * (MAX_HEAD_BYTES + 1024))
+        answer = await asyncio.wait_for(reader.read(), timeout=20)
+        writer.close()
+        return answer
+
+    async def scenario() -> None:
+        for url in (deployment.router_url, *(worker.url for worker in deployment.workers)):
+            answer = await refusal(int(url.rpartition(":")[2]))
+            assert answer.startswith(b"HTTP/1.1 431 "), (url, answer[:200])
+
+    asyncio.run(scenario())
 
 
 def test_ids_that_begin_alike_do_not_end_one_another(deployment: Deployment, oracle: Oracle) -> None:

@@ -27,8 +27,16 @@ def doctor(*flags: str, **env: str) -> tuple[int, str]:
     return done.returncode, " ".join(done.stdout.split())
 
 
-def test_here_pages_of_every_size_are_handed_over() -> None:
-    status, printed = doctor()
+@pytest.mark.parametrize(
+    "threads",
+    [
+        pytest.param("1", id="forked"),
+        # As with a GPU, and wherever a library has threads: two processes that import SGLang themselves.
+        pytest.param("2", id="spawned", marks=pytest.mark.slow),
+    ],
+)
+def test_here_pages_of_every_size_are_handed_over(threads: str) -> None:
+    status, printed = doctor(OMP_NUM_THREADS=threads)
     assert status == 0, printed
     ok = r"Handoff .prefillshare, .* ok 72 pages of 1, 16, 64 tokens, .* all bytes equal, in ([\d.]+) s"
     found = re.search(ok, printed)

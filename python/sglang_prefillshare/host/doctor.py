@@ -80,7 +80,7 @@ def _device() -> str:
 def _handoff(console: Console, backend: str) -> bool:
     """Hand pages over between two processes, as workers of this machine would; whether all of them arrived."""
     device = trial.default_device()
-    console.print(f"[italic]Handoff[/italic] ({backend}, {device}; two processes load SGLang for it)")
+    console.print(f"[italic]Handoff[/italic] ({backend}, {device}; between two processes)")
     for note in _gpus_apart():
         console.print(f"  {note}", highlight=False, soft_wrap=True)
     try:

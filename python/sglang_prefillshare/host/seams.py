@@ -95,7 +95,8 @@ HTTP: Final = (
             "server_args", "tokenizer_manager", "template_manager", "port_args", "scheduler_infos",
             "subprocess_watchdog", "execute_warmup_func", "launch_callback",
         ),
-        why="the worker's description, a leg's accounting, closed endpoints", changes="its app: a route, a middleware",
+        why="the worker's description, a leg's accounting, closed endpoints",
+        changes="its app: routes, middlewares; uvicorn's HTTP protocol",
         retire_when="plugins can add routes",
     ),
     Seam(

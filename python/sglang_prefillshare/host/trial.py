@@ -128,12 +128,11 @@ class _End:
         self._role = role
         self._backend = backend
         self._output: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - open for as long as the process
-        # Spawned, not forked: this process may have CUDA initialised, which no fork can use.
-        context = multiprocessing.get_context("spawn")
+        is_fork = _can_fork(device)
+        context: Any = multiprocessing.get_context("fork" if is_fork else "spawn")
+        output = self._output.fileno() if is_fork else _Inherited(self._output)
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, _Inherited(self._output), role, backend, device), daemon=True
-        )
+        self._process = context.Process(target=_serve, args=(theirs, output, role, backend, device), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -178,6 +177,12 @@ class _End:
 
     def _alternative(self) -> str:
         return f" Mend that, or {CHOOSE_NIXL}." if self._backend == BACKEND_NAME else ""
+
+
+def _can_fork(device: str) -> bool:
+    """Whether the processes need not import SGLang again. No fork can use CUDA once it is initialised, and one has the
+    locks of every thread, but not the threads."""
+    return device == "cpu" and len(os.listdir("/proc/self/task")) == 1
 
 
 class _Inherited:

@@ -235,9 +235,10 @@ class Legs:
         It nearly always is, since the KV had to arrive first; otherwise the client is not kept waiting.
         """
         attempt.job.timings.answered_s = time.perf_counter()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_ACCOUNTING_WAIT_S):
-                await attempt.prefill_ended.wait()
+        if not attempt.prefill_ended.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_ACCOUNTING_WAIT_S):
+                    await attempt.prefill_ended.wait()
         if attempt.prefill_ended.is_set():
             attempt.job.on_answered()
 

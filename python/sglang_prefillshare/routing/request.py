@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-import uuid
+import secrets
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -183,7 +183,7 @@ def draw_rids(endpoint: Endpoint, count: int) -> tuple[str, ...]:
     """What legs are called on the workers: SGLang aborts every id that begins like the one it is told, and refuses one
     that is in flight. So no client chooses them, none can be guessed, and none begins another."""
     kind = "resp_" if endpoint is Endpoint.RESPONSES else ""
-    return tuple(kind + uuid.uuid4().hex for _ in range(count))
+    return tuple(kind + secrets.token_hex(16) for _ in range(count))
 
 
 def draw_rooms(count: int) -> tuple[int, ...]:
@@ -544,12 +544,12 @@ def _choose_rids(
     across a session's calls. Responses have ids of their own form; messages have SGLang's.
     """
     if endpoint is Endpoint.RESPONSES:
-        fresh = f"resp_{uuid.uuid4().hex}"
+        fresh = f"resp_{secrets.token_hex(16)}"
         return headers.get(REQUEST_ID_HEADER) or fresh, (fresh,)
     rid = body.get("rid") if endpoint is not Endpoint.MESSAGES else None
     if rid is None:
         request_id = headers.get(REQUEST_ID_HEADER)
-        fresh = uuid.uuid4().hex
+        fresh = secrets.token_hex(16)
         public = request_id if request_id else fresh
         stem = f"{request_id[:128]}-{fresh[:12]}" if request_id else fresh
     elif isinstance(rid, str) and rid:

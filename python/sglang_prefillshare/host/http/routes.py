@@ -12,6 +12,7 @@ from http import HTTPStatus
 from typing import Any, Final
 
 import sglang_prefillshare
+from sglang_prefillshare.bounded_http import BoundedHttpProtocol
 from sglang_prefillshare.host.http.modules import ModuleMiddleware
 from sglang_prefillshare.host.http.requests import check_lists, limits_of
 from sglang_prefillshare.host.http.samples import answer_prompt_first, sample_count
@@ -108,9 +109,11 @@ def get_init_info(result: dict[str, Any], self: Any) -> dict[str, Any]:
 def setup_http_server(
     original: Callable[..., Any], server_args: Any, tokenizer_manager: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Hook on the start of SGLang's HTTP server: add our route and middleware to its app."""
+    """Hook on the start of SGLang's HTTP server: add our route and middleware to its app, and bound what it reads."""
     from sglang.srt.entrypoints import http_server
+    from uvicorn.protocols.http import auto
 
+    auto.AutoHTTPProtocol = BoundedHttpProtocol  # what uvicorn takes unless it is told otherwise
     infos = kwargs.get("scheduler_infos") or args[2]
     ranks = [info[INIT_INFO_KEY] for info in infos if INIT_INFO_KEY in info]
     failure = next((rank["handoff_failure"] for rank in ranks if rank["handoff_failure"] is not None), None)
