@@ -78,12 +78,15 @@ class Variant:
 
 @click.command(help=__doc__)
 @click.option("--minutes", default=3.0, show_default=True, help="Of load, for all three together.")
+@click.option("--rounds", default=1, show_default=True, help="Stretches that the load comes in, the three in turn.")
 @click.option("--load", default=4.0, show_default=True, help="Clients, as a multiple of those that fit.")
 @click.option("--prompt-tokens", default=200, show_default=True)
 @click.option("--new-tokens", default=96, show_default=True)
 @click.option("--pool-tokens", default=4096, show_default=True, help="Of the decode worker.")
 @click.option("--out", default=ROOT / "out", type=click.Path(path_type=Path), show_default=False)
-def main(minutes: float, load: float, prompt_tokens: int, new_tokens: int, pool_tokens: int, out: Path) -> None:
+def main(
+    minutes: float, rounds: int, load: float, prompt_tokens: int, new_tokens: int, pool_tokens: int, out: Path
+) -> None:
     fitting = max(1, pool_tokens // (prompt_tokens + new_tokens + 1))
     crowd = max(1, round(load * fitting))
     base = make_base(out / "models" / "tiny-base")
@@ -114,13 +117,14 @@ def main(minutes: float, load: float, prompt_tokens: int, new_tokens: int, pool_
             (Variant("overload, admission", crowd, seconds), deployment.router_url),
             (Variant("overload, none", crowd, seconds), without_url),
         ]
-        asyncio.run(run_all(variants, prompt_tokens=prompt_tokens, new_tokens=new_tokens))
+        asyncio.run(run_all(variants, rounds=rounds, prompt_tokens=prompt_tokens, new_tokens=new_tokens))
     rows = [variant.row() for variant, _ in variants]
     summary: dict[str, Any] = {
         "question": "What does a deployment give under more load than fits, with admission and without?",
         **describe_environment(("sglang", "sglang-prefillshare", "torch", "aiohttp", "uvicorn")),
         "config": {
             "minutes": minutes,
+            "rounds": rounds,
             "load": load,
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
@@ -164,18 +168,16 @@ def second_router(deployment: Deployment, *flags: str) -> Iterator[str]:
         ports.release()
 
 
-async def run_all(variants: list[tuple[Variant, str]], *, prompt_tokens: int, new_tokens: int) -> None:
+async def run_all(variants: list[tuple[Variant, str]], *, rounds: int, prompt_tokens: int, new_tokens: int) -> None:
     rng = random.Random(7)
     timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as client:
-        for variant, url in variants:
-            began = time.monotonic()
+        for variant, url in variants * rounds:
+            end_s = time.monotonic() + variant.seconds / rounds
             async with asyncio.TaskGroup() as group:
                 for _ in range(variant.clients):
                     seed = rng.getrandbits(32)
-                    group.create_task(
-                        ask_until(client, url, variant, began + variant.seconds, seed, prompt_tokens, new_tokens)
-                    )
+                    group.create_task(ask_until(client, url, variant, end_s, seed, prompt_tokens, new_tokens))
 
 
 async def ask_until(
