@@ -22,6 +22,7 @@ from sglang_prefillshare.routing.config import RouterConfig
 
 _KEEP_ALIVE_S: Final = 75
 """Clients close idle connections before this, rather than sending a request into one that we are closing."""
+_ACCEPTED_PER_TURN: Final = 16
 _GC_THRESHOLDS: Final = (20_000, 20, 50)
 """Python's own are for programs that make little garbage. A request makes thousands of objects, all of which go without
 the collector; looking for what does not, so often, took a fifth of a short stream's time."""
@@ -54,6 +55,11 @@ class RouterServer(uvicorn.Server):
             )
         )
 
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's. libuv accepts one connection of each listening descriptor in a turn of the loop, so under load
+        new clients would wait for seconds: each socket has several descriptors."""
+        await super().serve([twin for one in sockets or () for twin in (one, *_twins(one))] or None)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         async with asyncio.TaskGroup() as group:
             ending = group.create_task(self._end_legs())
@@ -79,6 +85,10 @@ class RouterServer(uvicorn.Server):
         if self._router.pool.leg_count:
             logger.warning("stopping: ending the requests still in flight after %g s", self._stop_grace_s)
         self._router.dispatcher.stop()
+
+
+def _twins(listener: socket.socket) -> Iterator[socket.socket]:
+    return (listener.dup() for _ in range(_ACCEPTED_PER_TURN - 1))
 
 
 def serve(config: RouterConfig, *, router: Router | None = None) -> None:
