@@ -281,8 +281,8 @@ class Router:
 
     async def recent_calls(self, request: Request) -> Response:
         limit = request.query_params.get("limit")
-        if limit is not None and not (limit.isascii() and limit.isdigit()):
-            raise HTTPException(400, f"limit is {limit!r}, wanted a number.")
+        if limit is not None and not (limit.isascii() and limit.isdigit() and len(limit) <= 9):
+            raise HTTPException(400, f"limit is {limit[:40]!r}, wanted a number of at most nine digits.")
         records = self.calls.find(rid=request.query_params.get("rid"), limit=None if limit is None else int(limit))
         return JSONResponse({"calls": [record.to_json() for record in records]})
 
