@@ -5,9 +5,9 @@
                                              └────────── a failure ────────┘   (each time twice as long)
 
 Half-open it lets one request through; a permit that is given back unused lets the next one. A worker that says it is
-full (429, 503) has not failed. An answer of 5xx is a failure that one client's request may have caused: such alone
-never leave a module without a worker (`is_avoided`, and not `is_shut`). A connection that breaks, or is refused, is the
-worker's own doing.
+full (429, 503) has not failed. An answer of 5xx is a failure that one client's request, or somebody's abort, may have
+caused: while fewer than `failures_to_open` connections broke, or were refused, which is the worker's own doing, others
+have its requests if there are any (`is_avoided`), and no module is left without a worker (`is_shut`).
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Breaker:
         self._config = config
         self._now = now
         self._failures = 0  # in a row
-        self._is_of_transport = False  # one of them at least
+        self._transport_failures = 0  # among them
+        self._is_of_transport = False  # they would do by themselves, or the probe failed so
         self._backoff_s = config.backoff_s
         self._opened_at: float | None = None
         self._probe: Permit | None = None
@@ -92,7 +93,10 @@ class Breaker:
         if not self._take(permit) or (self._opened_at is not None and not permit.is_probe):
             return
         self._failures += 1
-        self._is_of_transport = self._is_of_transport or fault is Fault.TRANSPORT
+        if fault is Fault.TRANSPORT:
+            self._transport_failures += 1
+            is_enough = self._transport_failures >= self._config.failures_to_open
+            self._is_of_transport = self._is_of_transport or permit.is_probe or is_enough
         if permit.is_probe:
             self._backoff_s = min(2 * self._backoff_s, self._config.max_backoff_s)
             self._open()
@@ -120,7 +124,7 @@ class Breaker:
         self.opened_count += 1
 
     def _close(self) -> None:
-        self._failures = 0
+        self._failures = self._transport_failures = 0
         self._is_of_transport = False
         self._backoff_s = self._config.backoff_s
         self._opened_at = None

@@ -92,6 +92,16 @@ def test_bad_answers_alone_never_shut_it(breaker):
     assert breaker.is_avoided and not breaker.is_shut
 
 
+def test_one_broken_connection_among_bad_answers_does_not_shut_it(breaker, clock):
+    """Somebody who aborts all that a worker does makes many bad answers at once."""
+    fail(breaker, 1)
+    fail(breaker, 4, Fault.ANSWER)
+    assert breaker.is_avoided and not breaker.is_shut
+    clock.now_s += 2.0
+    fail(breaker, 1)  # the one that tries it
+    assert breaker.is_avoided and breaker.is_shut
+
+
 def test_another_process_starts_anew_and_zero_turns_it_off(breaker, clock):
     fail(breaker, 3)
     breaker.reset()
