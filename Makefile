@@ -27,6 +27,10 @@ test-slow: setup ## Run every test, the full oracle set too (about 30 minutes)
 test-gpu: setup ## Run on this machine's GPU all that only a GPU can show, and what runs on both; says what it skipped and why
 	@$(PYTHON) -m pytest -q -rs -m "(gpu or devices) and not slow" test
 
+.PHONY: storm
+storm: setup ## Ask real servers 10,000 times, one request in twenty with a fault: nothing may be wrong, leak or hang (15 minutes)
+	@$(PYTHON) test/soak/storm.py
+
 .PHONY: browser
 browser: ## Install the browser that the test of the page at /ui drives (Debian, as root); without it that test is skipped
 	@scripts/browser.sh
@@ -37,7 +41,7 @@ soak: setup ## Make 10,000 handoffs and 500 requests with faults: nothing may be
 fuzz: setup ## Send 10,000 requests that are wrong in all ways to real servers: no worker is lost, no other client harmed
 	@$(PYTHON) test/soak/fuzz_requests.py
 
-kill-matrix: setup ## Kill each kind of process at eight moments under load: what fails, how clearly, how soon it is over (15 minutes)
+kill-matrix: setup ## Kill each kind of process at eight moments under load: what fails, how clearly, how soon it is over (25 minutes)
 	@$(PYTHON) test/soak/kill_matrix.py
 
 lint: setup ## Check style, format and types
