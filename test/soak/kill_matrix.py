@@ -1,9 +1,10 @@
 """What does a death cost, and how soon is it over? Each kind of process is killed at eight moments, under load.
 
-Two prefill workers, two decode workers of one module, the router, and a supervisor that starts again what died, as
-`prefillshare up` does. Four clients ask all the time. A request that is timed beforehand is sent to die with: its
-moment decides when the process is killed. Every answer is compared with the oracle, token for token; every other
-request is to end within ten seconds and to say why. Then all is waited for to be ready again. Writes
+Of a worker that is either what computes, or the process that answers HTTP: the router then sees its connections reset,
+and new ones refused. Two prefill workers, two decode workers of one module, the router, and a supervisor that starts
+again what died, as `prefillshare up` does. Four clients ask all the time. A request that is timed beforehand is sent
+to die with: its moment decides when the process is killed. Every answer is compared with the oracle, token for token;
+every other request is to end within ten seconds and to say why. Then all is waited for to be ready again. Writes
 out/kill-matrix/summary.json; the exit status is 1 if anything was wrong, hung, or did not come back.
 
     python test/soak/kill_matrix.py
@@ -51,7 +52,8 @@ ENDS_WITHIN_S: Final = 10.0
 RECOVERS_WITHIN_S: Final = 120.0
 AFTER_S: Final = 2.0
 
-VICTIMS: Final = ("prefill", "decode", "router")
+VICTIMS: Final = ("prefill", "decode", "prefill HTTP", "decode HTTP", "router")
+"""Of a worker what computes (scheduler and detokenizer), or its HTTP process alone; the whole router."""
 MOMENTS: Final = {
     "idle": "the probe is not sent at all",
     "sent": "at the moment at which the probe is sent",
@@ -181,7 +183,7 @@ class Matrix:
             async with self._load(client, case) as failures:
                 await asyncio.sleep(0.5)
                 worker = self._victim(victim)
-                died_at = await self._kill_at(client, worker, moment, first_token_s, case)
+                died_at = await self._kill_at(client, victim, worker, moment, first_token_s, case)
                 case.recovered_s = await self._until_whole(died_at)
                 await asyncio.sleep(AFTER_S)
             case.outage_s = max([at - died_at for at in failures if at > died_at], default=0.0)
@@ -193,7 +195,7 @@ class Matrix:
             assert self._deployment.router is not None
             return self._deployment.router
         self._turns[kind] += 1
-        name = "base" if kind == "prefill" else MODULE
+        name = "base" if kind.startswith("prefill") else MODULE
         return self._deployment.worker(f"{name}.{self._turns[kind] % 2}")
 
     async def _usual_ttft_s(self, client: aiohttp.ClientSession) -> float:
@@ -208,11 +210,11 @@ class Matrix:
         return found
 
     async def _kill_at(
-        self, client: aiohttp.ClientSession, worker: Worker, moment: str, ttft_s: float, case: Case
+        self, client: aiohttp.ClientSession, victim: str, worker: Worker, moment: str, ttft_s: float, case: Case
     ) -> float:
         """Kill it at the probe's moment; returns when that was."""
         if moment == "idle":
-            return _kill(worker)
+            return _kill(worker, victim)
         probe = self._probes.pop()
         reached: dict[str, asyncio.Event] = {"first token": asyncio.Event(), "halfway": asyncio.Event()}
         reached["last token"] = asyncio.Event()
@@ -225,7 +227,7 @@ class Matrix:
             waiting = asyncio.create_task(reached[moment].wait())
             await asyncio.wait([waiting, asked], return_when=asyncio.FIRST_COMPLETED)
             waiting.cancel()
-        died_at = _kill(worker)
+        died_at = _kill(worker, victim)
         await asked
         return died_at
 
@@ -321,12 +323,13 @@ def _mark(reached: dict[str, asyncio.Event] | None, count: int) -> None:
                 reached[name].set()
 
 
-def _kill(worker: Worker) -> float:
-    """SIGKILL what a worker's server has started, which computes, and which it outlives by a second at most; of the
-    router, itself. Returns when."""
+def _kill(worker: Worker, victim: str) -> float:
+    """SIGKILL what a worker's server has started, which computes, and which it outlives by a second at most; or that
+    server itself, which answers HTTP; of the router, itself. Returns when."""
     assert worker.pid is not None
     root = psutil.Process(worker.pid)
-    for process in root.children(recursive=True) or [root]:
+    computing = [] if victim.endswith("HTTP") else root.children(recursive=True)
+    for process in computing or [root]:
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
     return time.monotonic()
