@@ -1,9 +1,11 @@
 """Can one client's request end a worker, hold up others, or spoil an answer of theirs?
 
-Thousands of requests, well formed but for a few fields, of every endpoint, to the router and to the workers themselves,
-while another client asks the same question again and again. Afterwards every worker has the process it began with, all
-KV and all requests are gone from the pools, and the other client got the same right answer every time. An answer of 500
-counts as wrong too: whatever it was, it passed all doors. Exit status 1 if anything was wrong, lost or hung.
+Thousands of requests, well formed but for a few fields, of every endpoint and with headers that are anything, to the
+router and to the workers themselves, and some to the router's other paths and to its administration without the key for
+it, while another client asks the same question again and again. Afterwards every worker has the process it began with,
+all KV and all requests are gone from the pools, and the other client got the same right answer every time. An answer of
+500 counts as wrong too: whatever it was, it passed all doors. So does one from behind a closed door. Exit status 1 if
+anything was wrong, lost or hung.
 
     python test/soak/fuzz_requests.py --requests 10000
 """
@@ -29,10 +31,12 @@ import aiohttp
 import click
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from yarl import URL
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from sglang_prefillshare.config import RouterSettings  # noqa: E402
 from sglang_prefillshare.deployment import Deployment  # noqa: E402
 from sglang_prefillshare.request_fields import GENERATE, MESSAGES, OPENAI, RESPONSES, SAMPLING_PARAMS  # noqa: E402
 from test.support.models import make_base, make_decode_module, sample_prompt  # noqa: E402
@@ -43,6 +47,9 @@ HANG_S = 60.0
 CONTEXT = 512
 NO_KV_MOVES = {"bootstrap_host": "2.2.2.2", "bootstrap_room": 0}
 """SGLang's own health checks say this: a worker answers alone. Whoever reaches a worker can say it too."""
+
+ADMIN_KEY = "sesame"
+"""Nobody here shows it."""
 
 NUMBERS = (
     *(0, 1, -1, 2, 3, 7, 100, 511, 512, 513, 99_999, 2**31 - 1, 2**31, -(2**31), 2**32, 2**53, 2**63 - 1, 2**63),
@@ -129,6 +136,152 @@ def fields_of(table_names: Iterable[str]) -> st.SearchStrategy[dict[str, Any]]:
     return st.builds(lambda few, one: {**few, **one}, fitting, st.one_of(st.just({}), wild))
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """A request as it is sent: to a generation endpoint with a `body`, elsewhere with `raw` bytes or none."""
+
+    path: str
+    body: dict[str, Any] | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    method: str = "POST"
+    raw: bytes | None = None
+    is_closed: bool = False
+    """Nothing but a refusal may come from there."""
+
+
+_HEADER_NAMES = (
+    *("x-smg-routing-key", "x-request-id", "x-smg-target-worker", "x-request-timeout-ms", "x-data-parallel-rank"),
+    *("x-prefill-share-rid", "x-prefill-share-adapter", "x-prefill-share-cached-tokens", "x-override-rid"),
+    *(
+        "x-override-bootstrap-room",
+        "x-override-priority",
+        "authorization",
+        "x-api-key",
+        "anthropic-version",
+        "traceparent",
+    ),
+    *("tracestate", "accept", "accept-encoding", "connection", "cookie", "content-encoding", "expect", "te", "origin"),
+    *("range", "if-none-match", "x-forwarded-for", "x-sglext-return-input-ids", "x-sglext-ids-framed", "x-unheard-of"),
+)
+_HEADER_VALUES = (
+    *(
+        "",
+        "0",
+        "1",
+        "-1",
+        "NaN",
+        "99999999999999999999",
+        "a",
+        "a_0",
+        "session 1",
+        "é" * 3,
+        "\u2603",
+        "x" * 4000,
+        "{}",
+        "null",
+    ),
+    *("[1]", "Bearer", "Bearer a", "Basic YTpi", "bearer " + "k" * 64, "identity", "gzip", "close", "x-request-id, te"),
+    *(
+        "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+        "00-00-00-00",
+        "../../etc/passwd",
+        "100-wait",
+        "\t",
+        '"',
+    ),
+)
+headers = st.one_of(
+    st.just({}),
+    st.dictionaries(st.sampled_from(_HEADER_NAMES), st.sampled_from(_HEADER_VALUES), max_size=3),
+)
+
+
+def sent() -> st.SearchStrategy[tuple[str, Sent]]:
+    """A door, and what is sent there: four in five to a generation endpoint, of those three in five to the router."""
+    doors = st.sampled_from(["router", "router", "router", "coder", "base"])
+    asked = st.builds(
+        lambda door, request, more, prefix: (
+            door,
+            Sent((prefix if door == "router" else "") + request[0], request[1], more),
+        ),
+        doors,
+        requests(),
+        headers,
+        st.sampled_from(("", "", "", "/m/coder", "/m/nobody")),
+    )
+    return weighted((4, asked), (1, others().map(lambda one: ("router", one))))
+
+
+def weighted(*choices: tuple[int, st.SearchStrategy[Any]]) -> st.SearchStrategy[Any]:
+    """One of these, as often as they weigh; `one_of` takes one that is named several times for one."""
+    indices = [index for index, (weight, _) in enumerate(choices) for _ in range(weight)]
+    return st.sampled_from(indices).flatmap(lambda index: choices[index][1])
+
+
+def others() -> st.SearchStrategy[Sent]:
+    """The router's other paths, and its administration by those who may not."""
+    raws = st.one_of(
+        values.map(lambda value: json.dumps(value).encode()),
+        st.binary(max_size=40),
+        st.just(b"[" * 20_000),
+        st.just(b"x" * 100_000),
+        st.just(b'{"url": "http://127.0.0.1:9", "is_draining": true}'),
+        st.just(b'{"name": "planner", "path": "/etc"}'),
+    )
+    shown = st.sampled_from(
+        ({}, {"authorization": "Bearer "}, {"authorization": "Bearer wrong"}, {"x-api-key": ADMIN_KEY})
+    )
+    closed = st.builds(
+        lambda where, raw, key: Sent(where[1], headers=key, method=where[0], raw=raw, is_closed=True),
+        st.sampled_from(
+            (
+                *(
+                    ("POST", "/admin/workers"),
+                    ("DELETE", "/admin/workers?url=http://127.0.0.1:9"),
+                    ("POST", "/modules"),
+                ),
+                *(("POST", "/admin/workers/drain"), ("DELETE", "/modules/coder"), ("DELETE", "/modules/%00")),
+            )
+        ),
+        raws,
+        shown,
+    )
+    names = st.sampled_from(("coder", "nobody", "", "a/b", "%00", "%ff", "..%2f..", "é", "x" * 3000, "resp_none"))
+    numbers = st.sampled_from(("", "0", "3", "-1", "1.5", "nan", "²", "9" * 30, "9" * 5000))
+    paths = st.one_of(
+        st.sampled_from(
+            (
+                *(
+                    "/v1/models",
+                    "/health",
+                    "/livez",
+                    "/readyz",
+                    "/workers",
+                    "/calls",
+                    "/metrics",
+                    "/ui",
+                    "/ui/",
+                    "/ui/state",
+                ),
+                *("/model_info", "/get_model_info", "/server_info", "/get_server_info", "/", "//", "/v1", "/generate"),
+                *("/v1/messages/count_tokens", "/v1/responses", "/abort_request", "/prefill_share", "/flush_cache"),
+            )
+        ),
+        names.map(lambda name: f"/v1/models/{name}"),
+        names.map(lambda name: f"/v1/responses/{name}"),
+        names.map(lambda name: f"/m/{name}/health"),
+        names.map(lambda name: f"/ui/{name}"),
+        st.builds(lambda limit, rid: f"/calls?limit={limit}&rid={rid}", numbers, names),
+        numbers.map(lambda limit: f"/calls?limit={limit}"),
+    )
+    methods = st.sampled_from(("GET", "GET", "GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH"))
+    open_to_all = st.builds(
+        lambda path, method, raw, more: Sent(path, headers=more, method=method, raw=raw), paths, methods, raws, headers
+    )
+    counted = requests().map(lambda one: Sent("/v1/messages/count_tokens", one[1]))
+    return weighted((2, closed), (4, open_to_all), (1, counted))
+
+
 def requests() -> st.SearchStrategy[tuple[str, dict[str, Any]]]:
     """Endpoint and body, over every field that SGLang's endpoints have."""
     from sglang.srt.entrypoints.anthropic.protocol import AnthropicMessagesRequest
@@ -207,7 +360,10 @@ def run(
     """Deploy tiny models and send `count` requests, or as many as `limit_s` allows."""
     base = make_base(folder / "base", max_position_embeddings=CONTEXT)
     modules = {"coder": make_decode_module(folder / "coder", base, seed=1)}
-    with deploy(topology(base, modules), log_dir) as deployment:
+    described = dataclasses.replace(
+        topology(base, modules), router=RouterSettings(args={"admin-api-key": ADMIN_KEY, "request-timeout": 50})
+    )
+    with deploy(described, log_dir) as deployment:
         return fuzz(deployment, count, seed_number=seed_number, limit_s=limit_s)
 
 
@@ -215,7 +371,6 @@ def fuzz(deployment: Deployment, count: int, *, seed_number: int = 1, limit_s: f
     found = Found()
     before = processes(deployment)
     deadline = time.monotonic() + limit_s
-    doors = st.sampled_from(["router", "router", "router", "coder", "base"])
     loop = asyncio.new_event_loop()
 
     @seed(seed_number)
@@ -226,8 +381,8 @@ def fuzz(deployment: Deployment, count: int, *, seed_number: int = 1, limit_s: f
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.lists(st.tuples(doors, requests()), min_size=AT_ONCE, max_size=AT_ONCE))
-    def send_all(batch: list[tuple[str, tuple[str, dict[str, Any]]]]) -> None:
+    @given(st.lists(sent(), min_size=AT_ONCE, max_size=AT_ONCE))
+    def send_all(batch: list[tuple[str, Sent]]) -> None:
         nonlocal deadline
         if found.sent >= count or time.monotonic() > deadline or len(found.wrong) > 20:
             return
@@ -246,25 +401,29 @@ def fuzz(deployment: Deployment, count: int, *, seed_number: int = 1, limit_s: f
     return found
 
 
-async def _send_batch(deployment: Deployment, batch: list[Any], found: Found) -> None:
+async def _send_batch(deployment: Deployment, batch: list[tuple[str, Sent]], found: Found) -> None:
     async with session() as client:
-        await asyncio.gather(*(_send(client, deployment, door, *request, found) for door, request in batch))
+        await asyncio.gather(*(_send(client, deployment, door, request, found) for door, request in batch))
 
 
-async def _send(
-    client: aiohttp.ClientSession, deployment: Deployment, door: str, path: str, body: dict[str, Any], found: Found
-) -> None:
-    if door == "router":
-        url, body = deployment.router_url, {"model": "coder", **body}
-    else:
-        url, body = deployment.worker(door).url, {**body, **NO_KV_MOVES}
-    raw = json.dumps(body).encode()
-    told = f"{door} {path} {raw[:2000].decode()}"
+async def _send(client: aiohttp.ClientSession, deployment: Deployment, door: str, request: Sent, found: Found) -> None:
+    raw, headers = request.raw, dict(request.headers)
+    base_url = deployment.router_url if door == "router" else deployment.worker(door).url
+    if request.body is not None:
+        named = {"model": "coder", **request.body} if door == "router" else {**request.body, **NO_KV_MOVES}
+        raw = json.dumps(named).encode()
+        headers["content-type"] = "application/json"
+    if request.method in ("GET", "HEAD", "OPTIONS"):
+        raw = None
+    head = f"{door} {request.method} {request.path[:200]} {request.headers!r:.500}"
+    told = f"{head} {(raw or b'')[:2000].decode(errors='replace')}"
     found.sent += 1
     try:
         async with (
             asyncio.timeout(HANG_S),
-            client.post(url + path, data=raw, headers={"content-type": "application/json"}) as response,
+            client.request(
+                request.method, URL(base_url + request.path, encoded=True), data=raw, headers=headers
+            ) as response,
         ):
             answer = await response.read()
     except TimeoutError:
@@ -276,6 +435,8 @@ async def _send(
     found.statuses[f"{door} {response.status}"] += 1
     if response.status >= 500 or (b"site-packages" in answer and door == "router"):
         found.wrong.append(f"{response.status} {answer[:300]!r}: {told}")
+    if request.is_closed and response.status not in (401, 403, 404, 405):
+        found.wrong.append(f"{response.status} from behind a closed door, {answer[:300]!r}: {told}")
 
 
 @contextmanager
