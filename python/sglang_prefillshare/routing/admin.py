@@ -82,9 +82,13 @@ class Admin:
         return JSONResponse(worker.to_json(), status_code=HTTPStatus.CREATED if is_new else HTTPStatus.OK)
 
     async def remove_worker(self, request: Request) -> Response:
-        """A member less: no new requests, those under way finish, then it is forgotten."""
+        """A member less: no new requests, those under way finish, then it is forgotten. With `for_good=true` a module
+        of the flags goes with its last member, as others do."""
         worker = self._member(request.query_params.get("url", ""))
-        self._router.roster.remove(worker)
+        for_good = request.query_params.get("for_good", "false")
+        if for_good not in ("true", "false"):
+            raise HTTPException(HTTPStatus.BAD_REQUEST, f"for_good is {for_good!r}, wanted true or false.")
+        self._router.roster.remove(worker, for_good=for_good == "true")
         return JSONResponse(worker.to_json(), status_code=HTTPStatus.ACCEPTED)
 
     async def drain_worker(self, request: Request) -> Response:

@@ -83,8 +83,13 @@ class Roster:
         self._apply()
         return self._pool[url]
 
-    def remove(self, worker: Worker) -> None:
-        """Drain `worker` and forget it. A source that names it on does not bring it back, `add` does."""
+    def remove(self, worker: Worker, *, for_good: bool = False) -> None:
+        """Drain `worker` and forget it. A source that names it on does not bring it back, `add` does.
+
+        A module of the flags stays one without a worker, unless its last was removed `for_good`.
+        """
+        if for_good:
+            self._pool.abandon(worker.modules)
         admin = self._sources[ADMIN]
         admin.members = tuple(member for member in admin.members if member.url != worker.url)
         if worker.url in self._named():

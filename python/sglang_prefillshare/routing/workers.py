@@ -302,6 +302,8 @@ class WorkerPool:
         self.under_way = UnderWay()
         self.withdrawn: set[str] = set()
         """Modules that an administrator took away: whoever serves them, no new request gets there."""
+        self._abandoned: set[str] = set()
+        """Modules of the configuration that are none any more while they have no member."""
         self.prefill: list[Worker] = []
         self.decode: dict[str, list[Worker]] = {}
         for member in config.members:
@@ -356,6 +358,11 @@ class WorkerPool:
         self._arrange()
         self.judge_all()
 
+    def abandon(self, modules: Iterable[str]) -> None:
+        """Those of the configuration go with their last member, as others do, until a member is there for them."""
+        self._abandoned.update(modules)
+        self._arrange()
+
     def add_module(self, module: str, workers: Sequence[Worker]) -> None:
         """These workers were given an adapter."""
         for worker in workers:
@@ -387,14 +394,17 @@ class WorkerPool:
             on_change=lambda: self.on_change(),
         )
         self._workers[member.url] = worker
+        self._abandoned.difference_update(member.modules)
         return worker
 
     def _arrange(self) -> None:
         """By role and module, in the configuration's order and then in that in which they came."""
         self.prefill = [worker for worker in self if worker.role is Role.PREFILL]
-        decode: dict[str, list[Worker]] = {name: [] for name in self._config.decode}
+        decode: dict[str, list[Worker]] = {}
         for name, urls in self._config.decode.items():
-            decode[name] += [self._workers[url] for url in urls if url in self._workers]
+            members = [self._workers[url] for url in urls if url in self._workers]
+            if members or name not in self._abandoned:
+                decode[name] = members
         for worker in self:
             for name in worker.modules:
                 if worker not in decode.setdefault(name, []):

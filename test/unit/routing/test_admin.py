@@ -184,3 +184,44 @@ def test_a_router_that_stops_is_alive_and_not_ready():
             assert (await system.get("/livez")).status == 200
 
     run(scenario())
+
+
+def test_a_module_of_the_flags_whose_last_worker_was_removed_for_good_is_none_any_more():
+    async def scenario():
+        async with running_system(admin_api_key="k") as system:
+            coder = system.decode["coder"][0]
+            path = f"/admin/workers?url={coder.url}"
+            refused = await system.admin("DELETE", f"{path}&for_good=perhaps")
+            assert refused.status == 400 and "wanted true or false" in refused.error
+            coder.behave = "slow:0.3"
+            running = asyncio.create_task(system.chat("coder"))
+            await until(lambda: coder.seen)
+            for _ in range(2):  # as whoever waits for its end asks
+                assert (await system.admin("DELETE", f"{path}&for_good=true")).status == 202
+            assert "coder" in system.router.pool.modules, "while a request is under way"
+            assert (await running).status == 200
+            await until(lambda: coder.url not in system.router.pool)
+            assert (await system.admin("DELETE", f"{path}&for_good=true")).status == 404
+            assert (await system.chat("coder")).status == 404
+            assert (await system.get("/health")).status == 200
+            assert (await system.admin("POST", "/admin/workers", {"url": coder.url})).status == 201
+            await system.ready()
+            coder.behave = "ok"
+            assert (await system.chat("coder")).status == 200
+            # And without the word it is the configuration's again.
+            assert (await system.admin("DELETE", path)).status == 202
+            assert (await system.chat("coder")).status == 503
+
+    run(scenario())
+
+
+def test_removing_one_of_several_workers_for_good_leaves_the_module():
+    async def scenario():
+        async with running_system(admin_api_key="k", decode={"coder": 2}) as system:
+            first, second = system.decode["coder"]
+            assert (await system.admin("DELETE", f"/admin/workers?url={first.url}&for_good=true")).status == 202
+            assert (await system.chat("coder")).status == 200 and second.seen
+            assert (await system.admin("DELETE", f"/admin/workers?url={second.url}&for_good=true")).status == 202
+            assert "coder" not in system.router.pool.modules
+
+    run(scenario())
