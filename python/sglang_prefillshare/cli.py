@@ -6,7 +6,7 @@ import logging
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +16,7 @@ from sglang_prefillshare import __version__
 from sglang_prefillshare.errors import ConfigError, PrefillShareError
 
 if TYPE_CHECKING:
+    from sglang_prefillshare.config import Topology
     from sglang_prefillshare.deployment import DeploymentOptions
 
 EXIT_CONFIG: Final = 2
@@ -101,6 +102,9 @@ def up(
     topology). One that ends before that ends
     all, with exit status 1. One that ends later is restarted, 3 times in 10 minutes at most, while the others serve on;
     what ends more often, or ends under --fail-fast, ends all. A second Ctrl-C does not wait for anyone.
+
+    On SIGHUP TOPOLOGY is read anew: what it adds is started, what it does not name any more ends once its requests
+    have, and the rest serves on. A SIGHUP because the terminal is gone ends all, except under nohup.
     """
     from sglang_prefillshare.config import load_topology
     from sglang_prefillshare.deployment import ROUTER_COMMAND, WORKER_COMMAND, DeploymentOptions
@@ -119,23 +123,35 @@ def up(
         router_command=router,
         restarts=None if fail_fast else RestartPolicy(),
     )
-    return _serve_topology(load_topology(topology), options, json_ready, log_format)
+    return _serve_topology(lambda: load_topology(topology), options, json_ready, log_format)
 
 
-def _serve_topology(topology: Any, options: DeploymentOptions, json_ready: Path | None, log_format: str) -> int:
+def _serve_topology(
+    read_topology: Callable[[], Topology], options: DeploymentOptions, json_ready: Path | None, log_format: str
+) -> int:
     from sglang_prefillshare.deployment import Deployment, StopRequestedError, ready_file
     from sglang_prefillshare.display import Display
     from sglang_prefillshare.json_display import JsonDisplay
+    from sglang_prefillshare.terminal import has_terminal
 
+    # Under nohup SIGHUP was ignored when we came, and the loss of the terminal is to change nothing.
+    ends_with_terminal = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN and has_terminal()
+    topology = read_topology()
     kind: type[Display | JsonDisplay] = JsonDisplay if log_format == "json" else Display
     with kind(errors_only=options.log_dir is not None) as display:
         deployment = Deployment(topology, options=options, observer=display)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: deployment.request_stop())
+
+        def on_hangup(*_: object) -> None:
+            is_gone = ends_with_terminal and not has_terminal()
+            (deployment.request_stop if is_gone else deployment.request_reload)()
+
+        signal.signal(signal.SIGHUP, on_hangup)
         try:
             with deployment, ready_file(json_ready, deployment) as write_ready_file:
                 click.echo(f"{'server' if deployment.router is None else 'router'} {deployment.url}")
-                deployment.wait(on_restored=write_ready_file)
+                deployment.wait(on_restored=write_ready_file, read_topology=read_topology)
         except StopRequestedError:
             display.say("stopped")
     return 0

@@ -184,8 +184,7 @@ class Topology:
                 f"decode names {', '.join(repeated)} twice. Several workers of one module are `workers: N`, "
                 "and different modules need different names."
             )
-        workers = [self.base, *(module.settings for module in self.decode)]
-        if len({self.worker_api_key(settings) for settings in workers} - {None}) > 1:
+        if len(self._api_keys()) > 1:
             raise ConfigError(
                 "api-key differs between the workers, and the router knows one key. "
                 "Give it once, in the topology's own args."
@@ -199,6 +198,15 @@ class Topology:
         """The key that these workers ask for."""
         key = self.args_of(settings).get("api-key")
         return key if isinstance(key, str) else None
+
+    @property
+    def shared_api_key(self) -> str | None:
+        """The one key of those workers that ask for one."""
+        return next(iter(self._api_keys()), None)
+
+    def _api_keys(self) -> set[str]:
+        workers = [self.base, *(module.settings for module in self.decode)]
+        return {key for settings in workers if (key := self.worker_api_key(settings)) is not None}
 
 
 def load_topology(path: Path | str) -> Topology:

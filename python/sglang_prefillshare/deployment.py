@@ -3,7 +3,8 @@
     with Deployment(load_topology("topology.yaml")) as deployment:
         requests.post(f"{deployment.router_url}/v1/chat/completions", ...)
 
-The values come from `config.py`, one process is `process.py`'s, what a person sees is `display.py`'s.
+The values come from `config.py`, one process is `process.py`'s, what a person sees is `display.py`'s. What a topology
+that is read anew changes is decided in `reloads.py`, and the router is told of it through `router_admin.py`.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from __future__ import annotations
 import contextlib
 import glob
 import http.client
+import itertools
 import json
 import os
 import queue
+import secrets
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -26,12 +29,14 @@ from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self, TextIO
 
 from sglang_prefillshare.config import ArgValue, RouterSettings, Topology, WorkerSettings, flags_of
-from sglang_prefillshare.errors import ConfigError, HandoffError, WorkerError
+from sglang_prefillshare.errors import ConfigError, HandoffError, PrefillShareError, WorkerError
 from sglang_prefillshare.handoff import proof
 from sglang_prefillshare.preload import Preloader
 from sglang_prefillshare.process import ExitStatus, StopGrace, SupervisedProcess, describe_exit
 from sglang_prefillshare.protocol import WORKER_INFO_PATH, Role
+from sglang_prefillshare.reloads import check_reload, free_name, match, summary
 from sglang_prefillshare.restarts import Restart, RestartPolicy
+from sglang_prefillshare.router_admin import ADMIN_KEY_VARIABLE, READY, RouterAdmin
 from sglang_prefillshare.settings import BACKEND_NAME
 
 WORKER_COMMAND: Final = (sys.executable, "-m", "sglang.launch_server")
@@ -68,6 +73,12 @@ and thus below the range from which the kernel serves connections."""
 ROUTER_READY_TIMEOUT_S: Final = 60.0
 """The router loads nothing. If it is not ready soon after the workers are, it has refused one of them and says why."""
 
+ADMIT_TIMEOUT_S: Final = 30.0
+"""How long a running router may take to send requests to a worker that is ready. It looks at it every second."""
+
+DRAIN_DEADLINE_S: Final = 120.0
+"""After which the router ends the requests on a worker that leaves, where its flags say nothing else."""
+
 CANNOT_HAND_OVER: Final = "can hand no KV over: "
 """How the last answer of a worker begins that will never be ready, whatever it is given: it has said why."""
 
@@ -76,6 +87,7 @@ _ANSWER_BYTES: Final = 64 * 1024
 _GPUS: Final = "CUDA_VISIBLE_DEVICES"
 _BACKEND: Final = "disaggregation-transfer-backend"
 
+_DRAIN_SLACK_S: Final = 15.0
 _HTTP, _BOOTSTRAP, _NCCL, _GUARD = 0, 1, 2, PORTS_PER_WORKER - 1
 _TAIL_LINES_IN_ERROR: Final = 20
 
@@ -106,6 +118,21 @@ class WorkerPlan:
     api_key: str | None = field(default=None, repr=False)
     adapters: tuple[str, ...] = ()
     """The modules of a decode worker that serves several."""
+    args: Mapping[str, ArgValue] = field(default_factory=dict, repr=False)
+    """The flags in its command that are no ports."""
+    is_cpu: bool = False
+
+    @property
+    def likeness(self) -> Hashable:
+        """What it is, wherever it listens and whatever it is called: equal to another's where that would do as well."""
+        return (self.role, self.module, self.adapters, frozenset(self.args.items()), frozenset(self.env.items()))
+
+    def shares_a_gpu_with(self, other: WorkerPlan) -> bool:
+        """Whether both would have their weights and pools on one GPU. Without `gpus` SGLang takes any."""
+        if self.is_cpu or other.is_cpu:
+            return False
+        ours, theirs = ({gpu for gpu in plan.env.get(_GPUS, "").split(",") if gpu} for plan in (self, other))
+        return not ours or not theirs or bool(ours & theirs)
 
     @property
     def url(self) -> str:
@@ -114,12 +141,16 @@ class WorkerPlan:
         return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Worker:
     """A worker or the router as it runs, process after process. Changed by its deployment only."""
 
     plan: WorkerPlan
     state: State = State.WAITING
+    is_arriving: bool = False
+    """It is started while others serve, and none of them yet: that it fails costs nobody else anything."""
+    is_leaving: bool = False
+    """It is to end while others go on."""
     launch_count: int = 0
     restart_at: float | None = None
     """When it is started again, while it waits for that."""
@@ -185,6 +216,9 @@ class Observer(Protocol):
     def on_restart(self, worker: Worker, restart: Restart, reason: str) -> None:
         """It died, as `reason` says, and will be started again."""
 
+    def on_reload(self, told: str, *, is_refused: bool) -> None:
+        """The topology was read anew, with the result that is told."""
+
     def on_wait(self, workers: Sequence[Worker]) -> None:
         """Called about once a second while something is being waited for."""
 
@@ -197,6 +231,8 @@ class Silent:
     def on_line(self, worker: Worker, line: str) -> None: ...
 
     def on_restart(self, worker: Worker, restart: Restart, reason: str) -> None: ...
+
+    def on_reload(self, told: str, *, is_refused: bool) -> None: ...
 
     def on_wait(self, workers: Sequence[Worker]) -> None: ...
 
@@ -236,9 +272,30 @@ class StopRequestedError(Exception):
 class _Event:
     """What the threads tell the deployment's own; `launch` says which process of the worker it is about."""
 
-    kind: Literal["stop", "ready", "ended", "tick"]
+    kind: Literal["stop", "reload", "ready", "ended", "tick"]
     worker: Worker | None = None
     launch: int = 0
+
+
+class _ArrivalError(Exception):
+    """A worker that was to come while others serve does not; those are not touched by it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    """From those who serve to those that another topology wants, `workers`, in its order."""
+
+    topology: Topology
+    workers: tuple[Worker, ...]
+    arriving: tuple[Worker, ...]
+    leaving: tuple[Worker, ...]
+
+    def summary(self) -> str:
+        return summary(
+            came=[worker.name for worker in self.arriving],
+            left=[worker.name for worker in self.leaving],
+            kept_count=len(self.workers) - len(self.arriving),
+        )
 
 
 class Deployment:
@@ -259,7 +316,13 @@ class Deployment:
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._start_concurrency = self._options.start_concurrency or len(os.sched_getaffinity(0))
         self._has_started = False
+        self._is_reload_wanted = False
+        self._admin_key = _admin_key(topology.router, os.environ) or secrets.token_urlsafe(32)
+        self._flagged_urls: frozenset[str] = frozenset()
+        """The workers' URLs in the flags of the router that runs."""
         self._preloader = self._options.preloader
+        self._arriving: list[Worker] = []
+        self._leaving: list[Worker] = []
         self.workers: list[Worker] = []
         self.router: Worker | None = None
 
@@ -332,25 +395,41 @@ class Deployment:
             is_cpu_host=not has_accelerator(),
             environ=os.environ,
         )
+        router = replace(router, env={**router.env, ADMIN_KEY_VARIABLE: self._admin_key})
         return (choose_backend(plans) if has_accelerator() else plans), router
 
-    def wait(self, *, on_restored: Callable[[], None] | None = None) -> None:
+    def wait(
+        self,
+        *,
+        on_restored: Callable[[], None] | None = None,
+        read_topology: Callable[[], Topology] | None = None,
+    ) -> None:
         """Serve until a stop is requested (`StopRequestedError`) or what died is not restarted (`WorkerError`).
 
-        `on_restored` is called each time that all are ready again.
+        `on_restored` is called each time that all are ready again, or others are. Where a reload was requested, what
+        `read_topology` gives then is made of what runs; the observer is told how that went.
         """
         is_whole = True
         while True:
-            if self._options.restarts is None:
-                self.check()
-            self._handle(self._next_event(timeout_s=self._until_next_step_s()))
-            self._launch_due()
-            self._end_late()
+            timeout_s = self._until_next_step_s()
+            if self._is_reload_wanted and read_topology is not None:
+                self._is_reload_wanted = False
+                if self._reload(read_topology):
+                    is_whole, timeout_s = False, 0.0
+            self._step(timeout_s=timeout_s)
             was_whole, is_whole = is_whole, all(worker.state is State.READY for worker in self._all())
             if not is_whole:
                 self._observer.on_wait(self._all())
             elif not was_whole and on_restored is not None:
                 on_restored()
+
+    def _step(self, *, timeout_s: float) -> None:
+        """Take one event, if one comes in time, and do what is due for those who serve."""
+        if self._options.restarts is None:
+            self.check()
+        self._handle(self._next_event(timeout_s=timeout_s))
+        self._launch_due()
+        self._end_late()
 
     def check(self) -> None:
         """Raise `WorkerError` if a worker or the router has ended."""
@@ -362,9 +441,15 @@ class Deployment:
         """Ask `start` or `wait` to give up; while stopping, ask to hurry. Safe in a signal handler."""
         self._events.put(_Event("stop"))
 
+    def request_reload(self) -> None:
+        """Ask `wait` to read the topology anew, once it has started and no other reload is under way. Several requests
+        until then are one. Safe in a signal handler."""
+        self._events.put(_Event("reload"))
+
     def stop(self) -> None:
         """End everything: all are asked at once, and none is left when this returns."""
-        running = [worker for worker in self._all() if worker.process is not None and worker.state is not State.ENDED]
+        everybody = [*self._all(), *self._arriving, *self._leaving]
+        running = [worker for worker in everybody if worker.process is not None and worker.state is not State.ENDED]
         for worker in running:
             assert worker.process is not None
             self._set_state(worker, State.STOPPING)
@@ -422,8 +507,10 @@ class Deployment:
         log: TextIO | None = None
         if self._options.log_dir is not None:
             worker.log_file = self._options.log_dir / f"{worker.name}.log"
-            # What the last process said is why this one is started.
-            log = worker.log_file.open("w" if launch == 1 else "a", encoding="utf-8", buffering=1)
+            # What the last process said is why this one is started; one that it replaces still writes there.
+            if launch == 1 and not worker.is_arriving:
+                worker.log_file.unlink(missing_ok=True)
+            log = worker.log_file.open("a", encoding="utf-8", buffering=1)
 
         def on_line(line: str) -> None:
             if log is not None:
@@ -435,6 +522,9 @@ class Deployment:
                 log.close()
             self._events.put(_Event("ended", worker, launch))
 
+        if worker is self.router:
+            urls = tuple(worker.url for worker in (*self.workers, *self._arriving))
+            self._flagged_urls = frozenset(url for word in worker.plan.command for url in urls if word.endswith(url))
         worker.started_at, worker.ready_at, worker.restart_at = time.monotonic(), None, None
         worker.last_answer, worker.late_because = "no answer yet", None
         process = worker.process = SupervisedProcess(
@@ -470,6 +560,8 @@ class Deployment:
     def _handle(self, event: _Event) -> None:
         if event.kind == "stop":
             raise StopRequestedError
+        if event.kind == "reload":
+            self._is_reload_wanted = True
         worker = event.worker
         if worker is None or worker.process is None or event.launch != worker.launch_count:
             return
@@ -481,6 +573,9 @@ class Deployment:
             self._set_state(worker, State.READY)
 
     def _on_death(self, worker: Worker, status: ExitStatus) -> None:
+        if worker.is_arriving or worker.is_leaving:
+            self._set_state(worker, State.ENDED)
+            return
         policy = self._options.restarts
         now = time.monotonic()
         # Whatever dies before all were ready once has something wrong that another try does not mend.
@@ -502,7 +597,7 @@ class Deployment:
 
     def _launch_due(self) -> None:
         """Start what has waited long enough, as many at a time as at the beginning."""
-        loading_count = sum(worker.state is State.STARTING for worker in self.workers)
+        loading_count = sum(worker.state is State.STARTING for worker in (*self.workers, *self._arriving))
         for worker in self._all():
             if worker.restart_at is None or worker.restart_at > time.monotonic():
                 continue
@@ -531,6 +626,221 @@ class Deployment:
                 self._set_state(worker, State.STOPPING)
                 worker.process.stop()
 
+    # -- another topology while all serve
+
+    def _reload(self, read_topology: Callable[[], Topology]) -> bool:
+        """Make what the topology says now of what runs; whether anything was tried.
+
+        What is added or changed is started first, before the router knows of it, and a start that fails leaves
+        everything as it was. Then what is not wanted any more is drained and ended. Only what needs the GPU of such a
+        worker is started after it.
+        """
+        try:
+            topology = read_topology()
+            change = self._plan_change(topology)
+        except Exception as error:  # whatever is wrong with a file must not end those who serve
+            what = str(error) if isinstance(error, PrefillShareError) else f"{type(error).__name__}: {error}"
+            self._observer.on_reload(f"the topology was read anew, and nothing changed: {what}", is_refused=True)
+            return False
+        if not change.arriving and not change.leaving:
+            self._topology = topology
+            self._observer.on_reload("the topology was read anew, and asks for what runs", is_refused=False)
+            return False
+        self._observer.on_reload(f"the topology was read anew: {change.summary()}", is_refused=False)
+        problem = self._carry_out(change)
+        self._plan_router(self.workers)
+        self._release_ports()
+        if problem is None:
+            self._topology = topology
+            self._observer.on_reload(f"now as the topology says: {change.summary()}", is_refused=False)
+        else:
+            self._observer.on_reload(problem, is_refused=True)
+        return True
+
+    def _plan_change(self, topology: Topology) -> _Change:
+        """Raises `ConfigError` for what cannot be changed, `WorkerError` where no ports are left."""
+        check_reload(self._topology, topology)
+        if topology.is_unified:  # and so it is the one that runs
+            return _Change(topology, tuple(self.workers), arriving=(), leaving=())
+
+        def plans(first_ports: Iterator[int]) -> list[WorkerPlan]:
+            return plan_workers(
+                topology,
+                ports=GivenPorts(first_ports),
+                options=self._options,
+                is_cpu_host=not has_accelerator(),
+                environ=os.environ,
+            )
+
+        wanted = [(plan.name, plan.likeness) for plan in plans(itertools.repeat(0))]
+        found = match([(worker.name, worker.plan.likeness) for worker in self.workers], wanted)
+        kept = [None if index is None else self.workers[index] for index in found]
+        taken: list[int] = []
+        try:
+            for worker in kept:
+                if worker is None:
+                    taken.append(self._ports.take())
+            free = iter(taken)
+            ported = plans(iter([next(free) if worker is None else 0 for worker in kept]))
+            new = self._told_backend(
+                [plan for plan, worker in zip(ported, kept, strict=True) if worker is None],
+                beside=[worker.plan for worker in kept if worker is not None],
+            )
+        except BaseException:
+            for first_port in taken:
+                self._ports.give_back(first_port)
+            raise
+        names = {worker.name for worker in kept if worker is not None}
+        arriving: list[Worker] = []
+        for plan in new:
+            arriving.append(Worker(replace(plan, name=free_name(plan.name, names)), is_arriving=True))
+            names.add(arriving[-1].name)
+        coming = iter(arriving)
+        return _Change(
+            topology,
+            workers=tuple(next(coming) if worker is None else worker for worker in kept),
+            arriving=tuple(arriving),
+            leaving=tuple(worker for worker in self.workers if worker not in kept),
+        )
+
+    @staticmethod
+    def _told_backend(new: Sequence[WorkerPlan], *, beside: Sequence[WorkerPlan]) -> list[WorkerPlan]:
+        """The new workers with the backend of those they come to."""
+        if not new or not has_accelerator():
+            return list(new)
+        if "nixl" in {_backend_of(plan) for plan in beside}:
+            told = flags_of({_BACKEND: "nixl"})
+            return [plan if _backend_of(plan) else replace(plan, command=(*plan.command, *told)) for plan in new]
+        chosen = choose_backend([*beside, *new])
+        if chosen[: len(beside)] != list(beside):
+            raise ConfigError("all workers would have to use nixl then, and those who serve do not. Restart `up`.")
+        return chosen[len(beside) :]
+
+    def _carry_out(self, change: _Change) -> str | None:
+        """Have the workers that `change` wants; what went wrong, if something did."""
+        late = [new for new in change.arriving if any(new.plan.shares_a_gpu_with(old.plan) for old in change.leaving)]
+        first = [worker for worker in change.arriving if worker not in late]
+        try:
+            self._bring_in(first)
+        except _ArrivalError as error:
+            self._see_off(first)
+            return f"nothing changed: {error}"
+        self._see_off(change.leaving)
+        try:
+            self._bring_in(late)
+        except _ArrivalError as error:
+            self._see_off(late)
+            again = [old for old in change.leaving if any(new.plan.shares_a_gpu_with(old.plan) for new in late)]
+            self._put_back(again)
+            return f"{', '.join(old.name for old in again)} will be as before: {error}"
+        self.workers = list(change.workers)
+        return None
+
+    def _bring_in(self, workers: Sequence[Worker]) -> None:
+        """Start them, and have the router send them requests. Raises `_ArrivalError` if one does not come to that."""
+        options = self._options
+        self._arriving.extend(workers)
+        for worker in workers:
+            self._observer.on_state(worker)
+        while not all(worker.state is State.READY for worker in workers):
+            loading = [worker for worker in (*self.workers, *workers) if worker.state is State.STARTING]
+            waiting = [worker for worker in workers if worker.state is State.WAITING]
+            for worker in waiting[: max(0, self._start_concurrency - len(loading))]:
+                self._launch(worker)
+            self._step(timeout_s=0.5)
+            self._observer.on_wait([*self._all(), *workers])
+            for worker in workers:
+                if worker.last_answer.startswith(CANNOT_HAND_OVER):
+                    raise _ArrivalError(f"{worker.name} {worker.last_answer}{worker.where_its_log_is}")
+                if worker.state is State.STARTING and worker.waited_s > options.ready_timeout_s:
+                    raise _ArrivalError(str(_late_error([worker], options.ready_timeout_s)))
+                _check_runs(worker)
+        self._plan_router([*self.workers, *workers])
+        for worker in workers:
+            self._admit(worker)
+        for worker in workers:
+            worker.is_arriving = False
+            self._arriving.remove(worker)
+            self.workers.append(worker)
+
+    def _admit(self, worker: Worker) -> None:
+        assert self.router is not None
+        waited_since = time.monotonic()
+        while (answer := self._router_admin.admit(worker.url)) != READY:
+            if self.router.state is not State.READY:  # it died, and reads its flags when it comes back
+                waited_since = time.monotonic()
+            elif time.monotonic() - waited_since > ADMIT_TIMEOUT_S:
+                raise _ArrivalError(f"the router sends {worker.name} no requests: {answer}")
+            self._step(timeout_s=0.25)
+            _check_runs(worker)
+
+    def _see_off(self, workers: Sequence[Worker]) -> None:
+        """No new requests for them, those under way finish, or the router ends them; then they end."""
+        for worker in workers:
+            worker.is_arriving, worker.is_leaving = False, True
+        self._leaving.extend(workers)
+        self._arriving = [worker for worker in self._arriving if worker not in workers]
+        self.workers = [worker for worker in self.workers if worker not in workers]
+        self._plan_router(self.workers)
+        drain_deadline = self._topology.router.args.get("drain-deadline")
+        drain_s = float(drain_deadline) if isinstance(drain_deadline, str) else DRAIN_DEADLINE_S
+        deadline = time.monotonic() + drain_s + _DRAIN_SLACK_S
+        staying = list(workers)
+        while staying := [worker for worker in staying if not self._router_admin.dismiss(worker.url)]:
+            if time.monotonic() > deadline:
+                break  # the router said nothing all the time
+            self._step(timeout_s=0.25)
+        for worker in workers:
+            worker.restart_at = None
+            if worker.process is None or worker.process.status is not None:
+                self._set_state(worker, State.ENDED)
+            elif worker.state is not State.ENDED:
+                self._set_state(worker, State.STOPPING)
+                worker.process.stop()
+        deadline = time.monotonic() + self._options.grace.total_s + 10.0
+        while running := [worker for worker in workers if worker.state is not State.ENDED]:
+            if time.monotonic() > deadline:
+                for worker in running:
+                    assert worker.process is not None
+                    worker.process.destroy()
+                deadline += 10.0
+            self._step(timeout_s=0.5)
+            self._observer.on_wait(running)
+        self._leaving = [worker for worker in self._leaving if worker not in workers]
+
+    def _put_back(self, workers: Sequence[Worker]) -> None:
+        """Start them again as they were; from then on they are like any that was restarted."""
+        for worker in workers:
+            worker.is_leaving, worker.process, worker.restart_at = False, None, time.monotonic()
+            self._set_state(worker, State.WAITING)
+        self.workers.extend(workers)
+        self._plan_router(self.workers)
+        deadline = time.monotonic() + ADMIT_TIMEOUT_S
+        for worker in workers:
+            # It will be ready when it is ready; that it is a member is enough.
+            while not self._router_admin.add(worker.url) and time.monotonic() < deadline:
+                self._step(timeout_s=0.25)
+
+    @property
+    def _router_admin(self) -> RouterAdmin:
+        return RouterAdmin(self.router_url, self._admin_key)
+
+    def _plan_router(self, workers: Sequence[Worker]) -> None:
+        """The router that runs is told through its administration; this is for the one that comes if it dies."""
+        assert self.router is not None
+        plan = self.router.plan
+        plans = [worker.plan for worker in workers]
+        command = router_command(self._topology.router, plans, port=plan.port, options=self._options)
+        self.router.plan = replace(plan, command=command)
+
+    def _release_ports(self) -> None:
+        """Give back the ports of workers that are gone. What its flags say of a URL the router holds against whoever
+        is there next, so those stay ours for as long as it runs."""
+        in_use = {worker.plan.port for worker in self._all()}
+        for first_port in self._ports.taken:
+            if first_port not in in_use and f"http://{WORKER_HOST}:{first_port + _HTTP}" not in self._flagged_urls:
+                self._ports.give_back(first_port)
+
     def _has_ended(self, worker: Worker) -> bool:
         assert worker.process is not None
         if worker.process.status is None:
@@ -547,12 +857,25 @@ class Deployment:
 def plan_topology(
     topology: Topology,
     *,
-    ports: PortBlocks,
+    ports: Ports,
     options: DeploymentOptions,
     is_cpu_host: bool,
     environ: Mapping[str, str],
 ) -> tuple[list[WorkerPlan], WorkerPlan]:
     """The workers, base first, and the router, each with its ports, command and environment."""
+    plans = plan_workers(topology, ports=ports, options=options, is_cpu_host=is_cpu_host, environ=environ)
+    return plans, plan_router(topology, plans, ports=ports, options=options, environ=environ)
+
+
+def plan_workers(
+    topology: Topology,
+    *,
+    ports: Ports,
+    options: DeploymentOptions,
+    is_cpu_host: bool,
+    environ: Mapping[str, str],
+) -> list[WorkerPlan]:
+    """The workers, base first; each takes one block of `ports`, in this order."""
     plans: list[WorkerPlan] = []
     base_args = {"prefill-share-role": Role.PREFILL.value, "served-model-name": BASE_NAME}
     groups: list[tuple[str, Role, WorkerSettings, Mapping[str, ArgValue]]] = [
@@ -582,7 +905,7 @@ def plan_topology(
             )
             adapters = tuple(adapter.name for adapter in topology.adapters) if name == ADAPTERS_NAME else ()
             plans.append(replace(plan, adapters=adapters))
-    return plans, plan_router(topology, plans, ports=ports, options=options, environ=environ)
+    return plans
 
 
 def _lora_paths(topology: Topology) -> tuple[str, ...]:
@@ -592,7 +915,7 @@ def _lora_paths(topology: Topology) -> tuple[str, ...]:
 def plan_unified(
     topology: Topology,
     *,
-    ports: PortBlocks,
+    ports: Ports,
     options: DeploymentOptions,
     is_cpu_host: bool,
     environ: Mapping[str, str],
@@ -670,7 +993,7 @@ def plan_worker(
     own_args: Mapping[str, ArgValue],
     ready_paths: tuple[str, ...],
     index: int,
-    ports: PortBlocks,
+    ports: Ports,
     options: DeploymentOptions,
     is_cpu_host: bool,
     environ: Mapping[str, str],
@@ -678,15 +1001,10 @@ def plan_worker(
     """One worker of `settings`, the `index`-th: `own_args` are what it is, which the topology's args can add to."""
     first_port = ports.take()
     bootstrap_port = first_port + _BOOTSTRAP if role is Role.PREFILL else None
-    ours: dict[str, ArgValue] = {
-        "model-path": settings.model,
-        "host": WORKER_HOST,
-        "port": first_port + _HTTP,
-        "nccl-port": first_port + _NCCL,
-        **own_args,
-        **({} if bootstrap_port is None else {"disaggregation-bootstrap-port": bootstrap_port}),
-    }
-    args = {**ours, **topology.args_of(settings)}
+    its_ports: dict[str, ArgValue] = {"port": first_port + _HTTP, "nccl-port": first_port + _NCCL}
+    if bootstrap_port is not None:
+        its_ports["disaggregation-bootstrap-port"] = bootstrap_port
+    args = {"model-path": settings.model, "host": WORKER_HOST, **own_args, **topology.args_of(settings)}
     is_cpu = args.get("device", "cpu" if is_cpu_host else None) == "cpu"
     return WorkerPlan(
         name=name,
@@ -695,10 +1013,12 @@ def plan_worker(
         host=WORKER_HOST,
         port=first_port + _HTTP,
         bootstrap_port=bootstrap_port,
-        command=(*options.worker_command, *flags_of(args)),
+        command=(*options.worker_command, *flags_of({**its_ports, **args})),
         env=_worker_env(topology, settings, index=index, is_cpu=is_cpu, environ=environ),
         ready_paths=ready_paths,
         api_key=topology.worker_api_key(settings),
+        args=args,
+        is_cpu=is_cpu,
     )
 
 
@@ -714,19 +1034,13 @@ def plan_router(
     topology: Topology,
     workers: Sequence[WorkerPlan],
     *,
-    ports: PortBlocks,
+    ports: Ports,
     options: DeploymentOptions,
     environ: Mapping[str, str],
 ) -> WorkerPlan:
     """The router before `workers`. A prefill worker that belongs to one module is named with it, as decode's are."""
     router = topology.router
     port = _router_port(router, ports)
-    command = [*options.router_command, "--host", router.host, "--port", str(port)]
-    for worker in workers:
-        flag = "--prefill" if worker.role is Role.PREFILL else "--decode"
-        names = worker.adapters or (worker.module,)
-        for name in names:
-            command += [flag, worker.url if name is None else f"{name}={worker.url}"]
     api_key = next((worker.api_key for worker in workers if worker.api_key is not None), None)
     return WorkerPlan(
         name=ROUTER_NAME,
@@ -735,13 +1049,32 @@ def plan_router(
         host=router.host,
         port=port,
         bootstrap_port=None,
-        command=(*command, *flags_of(router.args, is_repeated=True)),
+        command=router_command(router, workers, port=port, options=options),
         env={**environ, **_UNBUFFERED, **({} if api_key is None else {API_KEY_VARIABLE: api_key})},
         ready_paths=("/health",),
     )
 
 
-def _router_port(router: RouterSettings, ports: PortBlocks) -> int:
+def router_command(
+    router: RouterSettings, workers: Sequence[WorkerPlan], *, port: int, options: DeploymentOptions
+) -> tuple[str, ...]:
+    """What starts the router at `port` before `workers`."""
+    command = [*options.router_command, "--host", router.host, "--port", str(port)]
+    for worker in workers:
+        flag = "--prefill" if worker.role is Role.PREFILL else "--decode"
+        names = worker.adapters or (worker.module,)
+        for name in names:
+            command += [flag, worker.url if name is None else f"{name}={worker.url}"]
+    return (*command, *flags_of(router.args, is_repeated=True))
+
+
+def _admin_key(router: RouterSettings, environ: Mapping[str, str]) -> str | None:
+    """The key that the router's administrator chose."""
+    key = router.args.get("admin-api-key", environ.get(ADMIN_KEY_VARIABLE))
+    return key if isinstance(key, str) and key else None
+
+
+def _router_port(router: RouterSettings, ports: Ports) -> int:
     if router.port and not _is_free(router.host, router.port):
         raise ConfigError(
             f"the router cannot listen at {router.host}:{router.port}: the port is taken, or the address is not of "
@@ -765,6 +1098,23 @@ def _worker_env(
     )
 
 
+class Ports(Protocol):
+    """Where workers and the router may listen."""
+
+    def take(self) -> int:
+        """The first port of a block that is its taker's now."""
+
+
+class GivenPorts:
+    """Blocks that are known already, or that do not matter."""
+
+    def __init__(self, first_ports: Iterator[int]) -> None:
+        self._first_ports = first_ports
+
+    def take(self) -> int:
+        return next(self._first_ports)
+
+
 class PortBlocks:
     """Blocks of ports for workers of this and of other deployments on the machine.
 
@@ -774,13 +1124,12 @@ class PortBlocks:
 
     def __init__(self, *, avoid: int = 0) -> None:
         self._avoid = avoid
-        self._guards: list[socket.socket] = []
-        self._candidates: Iterator[int] = iter(range(FIRST_PORT, LAST_PORT - PORTS_PER_WORKER + 2, PORTS_PER_WORKER))
+        self._guards: dict[int, socket.socket] = {}
 
     def take(self) -> int:
         """The first port of a free block. Raises `WorkerError` when there is none."""
-        for first in self._candidates:
-            if first <= self._avoid < first + PORTS_PER_WORKER:
+        for first in range(FIRST_PORT, LAST_PORT - PORTS_PER_WORKER + 2, PORTS_PER_WORKER):
+            if first in self._guards or first <= self._avoid < first + PORTS_PER_WORKER:
                 continue
             guard = socket.socket()
             try:
@@ -791,17 +1140,25 @@ class PortBlocks:
             if not all(_is_free("", first + offset) for offset in (_HTTP, _BOOTSTRAP, _NCCL)):
                 guard.close()
                 continue
-            self._guards.append(guard)
+            self._guards[first] = guard
             return first
         raise WorkerError(
             f"no free block of {PORTS_PER_WORKER} ports is left between {FIRST_PORT} and {LAST_PORT}. "
             "End other deployments on this machine, or name fewer workers."
         )
 
+    @property
+    def taken(self) -> list[int]:
+        """The first ports of the blocks that are ours."""
+        return list(self._guards)
+
+    def give_back(self, first: int) -> None:
+        """The block may be taken again, by anybody."""
+        self._guards.pop(first).close()
+
     def release(self) -> None:
-        for guard in self._guards:
-            guard.close()
-        self._guards.clear()
+        for first in self.taken:
+            self.give_back(first)
 
 
 def _is_free(host: str, port: int) -> bool:
@@ -894,6 +1251,12 @@ def ready_file(path: Path | None, deployment: Deployment) -> Iterator[Callable[[
         yield write
     finally:
         path.unlink(missing_ok=True)
+
+
+def _check_runs(worker: Worker) -> None:
+    """Raise `_ArrivalError` if it has ended."""
+    if worker.process is not None and (status := worker.process.status) is not None:
+        raise _ArrivalError(str(_ended_error(worker, status)))
 
 
 def _ended_error(worker: Worker, status: ExitStatus, *, policy: RestartPolicy | None = None) -> WorkerError:

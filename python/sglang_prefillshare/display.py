@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -28,6 +28,14 @@ _END_NOISE: Final = re.compile(r"nanobind|^ - leaked |^ - \.\.\. skipped")
 _REMINDER_S: Final = 15.0
 
 
+@contextlib.contextmanager
+def _reader_may_be_gone() -> Iterator[None]:
+    """Rich ends the program when nobody reads it any more, and a terminal may be gone. The workers serve all the same,
+    and end as they should."""
+    with contextlib.suppress(OSError, SystemExit):
+        yield
+
+
 def is_told(worker: Worker, line: str) -> bool:
     """Whether a line of a worker is of any use to a person."""
     return bool(line) and not (worker.state is State.STOPPING and _END_NOISE.search(line))
@@ -48,6 +56,8 @@ class Display:
         self._console = console or Console(stderr=True, highlight=False)
         self._errors_only = errors_only
         self._workers: dict[str, Worker] = {}
+        """By URL: one that is replaced and the one that comes for it have one name."""
+        self._places: dict[str, int] = {}
         self._live = Live(
             console=self._console, get_renderable=self._table, refresh_per_second=2, transient=True, auto_refresh=True
         )
@@ -64,10 +74,10 @@ class Display:
 
     def say(self, message: str) -> None:
         """One line of our own."""
-        self._console.print(Text(message, style="bold"), soft_wrap=True)
+        self._show(Text(message, style="bold"))
 
     def on_state(self, worker: Worker) -> None:
-        self._workers[worker.name] = worker
+        self._workers[worker.url] = worker
         states = {known.state for known in self._workers.values()}
         self._set_live(bool(states & {State.STARTING, State.STOPPING}))
         if worker.state is State.STARTING:
@@ -77,6 +87,8 @@ class Display:
             self._tell(worker, f"ready{again} after {worker.waited_s:.1f} s")
         elif worker.state is State.ENDED:
             self._tell(worker, "ended")
+            if worker.is_leaving or worker.is_arriving:
+                self._workers.pop(worker.url, None)
 
     def on_line(self, worker: Worker, line: str) -> None:
         if is_told(worker, line) and (is_error(worker, line) or not self._errors_only):
@@ -90,6 +102,9 @@ class Display:
             f"{restart.delay_s:g} s.{worker.where_its_log_is} Last lines:\n{quote_tail(worker)}",
         )
 
+    def on_reload(self, told: str, *, is_refused: bool) -> None:
+        self.say(f"{time.strftime('%H:%M:%S')} {told}")
+
     def on_wait(self, workers: Sequence[Worker]) -> None:
         if self._is_live or time.monotonic() - self._reminded_at < _REMINDER_S:
             return
@@ -102,17 +117,20 @@ class Display:
         self._print(worker, Text(message, style="bold"))
 
     def _print(self, worker: Worker, text: Text) -> None:
-        index = list(self._workers).index(worker.name)
-        prefix = Text(f"[{worker.name}] ", style=_COLOURS[index % len(_COLOURS)])
-        # Rich ends the program when nobody reads it any more. The workers serve all the same.
-        with contextlib.suppress(BrokenPipeError, SystemExit):
-            self._console.print(prefix + text, soft_wrap=True)
+        place = self._places.setdefault(worker.name, len(self._places))
+        prefix = Text(f"[{worker.name}] ", style=_COLOURS[place % len(_COLOURS)])
+        self._show(prefix + text)
+
+    def _show(self, text: Text) -> None:
+        with _reader_may_be_gone():
+            self._console.print(text, soft_wrap=True)
 
     def _set_live(self, wanted: bool) -> None:
         wanted = wanted and self._console.is_terminal
         if wanted is not self._is_live:
             self._is_live = wanted
-            (self._live.start if wanted else self._live.stop)()
+            with _reader_may_be_gone():
+                (self._live.start if wanted else self._live.stop)()
 
     def _table(self) -> Table:
         table = Table(box=None, pad_edge=False)

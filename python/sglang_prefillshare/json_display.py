@@ -61,6 +61,9 @@ class JsonDisplay:
             level="WARNING",
         )
 
+    def on_reload(self, told: str, *, is_refused: bool) -> None:
+        self._write({"level": "ERROR" if is_refused else "INFO", "logger": _OUR_LOGGER, "message": told})
+
     def on_wait(self, workers: Sequence[Worker]) -> None: ...
 
     def _tell(self, worker: Worker, message: str, *, level: str) -> None:

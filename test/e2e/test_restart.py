@@ -1,4 +1,4 @@
-"""`prefillshare up` on real servers: what is killed comes back, and answers as before."""
+"""`prefillshare up` on real servers: what is killed comes back, and answers as before; on SIGHUP others come and go."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import psutil
 import pytest
 import yaml
@@ -25,6 +26,8 @@ from test.support.servers import answers, greedy, post, session
 
 PROMPT = sample_prompt(200, seed=42)
 NEW_TOKENS = 8
+STREAMED = 3800
+"""Tokens of an answer that takes about as long as a worker takes to start."""
 
 
 class Up:
@@ -33,18 +36,26 @@ class Up:
     def __init__(self, folder: Path, models: Models) -> None:
         self._ready_file, self._said = folder / "ready.json", folder / "said.txt"
         self.log_dir = folder / "logs"
-        topology = folder / "topology.yaml"
-        described = {
-            "base": {"model": str(models.base)},
-            "decode": [{"name": name, "model": str(getattr(models, name))} for name in ("coder", "twin")],
-            "args": dict(WORKER_ARGS),
-        }
-        topology.write_text(yaml.safe_dump(described))
-        command = [sys.executable, "-m", "sglang_prefillshare.cli", "up", str(topology)]
+        self._topology, self._models = folder / "topology.yaml", models
+        self.write("coder", "twin")
+        command = [sys.executable, "-m", "sglang_prefillshare.cli", "up", str(self._topology)]
         command += ["--json-ready", str(self._ready_file), "--log-dir", str(self.log_dir)]
         command += ["--interrupt-grace", "3", "--terminate-grace", "2"]
         with self._said.open("w") as said:
-            self.process = subprocess.Popen(command, stdout=said, stderr=said)
+            # In a session of its own it has no terminal whose loss a SIGHUP could mean.
+            self.process = subprocess.Popen(command, stdout=said, stderr=said, start_new_session=True)
+
+    def write(self, *modules: str) -> None:
+        """The topology with these decode modules."""
+        described = {
+            "base": {"model": str(self._models.base)},
+            "decode": [{"name": name, "model": str(getattr(self._models, name))} for name in modules],
+            "args": dict(WORKER_ARGS),
+        }
+        self._topology.write_text(yaml.safe_dump(described))
+
+    def pids(self) -> dict[str, int]:
+        return {worker["name"]: worker["pid"] for worker in self.describe()["workers"]}
 
     @property
     def said(self) -> str:
@@ -134,3 +145,66 @@ def test_a_killed_worker_comes_back_and_answers_as_before(up: Up, name: str, vic
     assert answers(f"{up.describe()['router_url']}/health")
     said = up.said[said_before:]
     assert f"[{name}]" in said and "of 3 in" in said and str(up.log_dir / f"{name}.log") in said
+
+
+async def stream(client: aiohttp.ClientSession, up: Up, module: str, tokens: int, begun: asyncio.Event) -> list[int]:
+    """The tokens of a stream that came to its end, which `[DONE]` is; it sets `begun` at the first."""
+    last: dict[str, Any] = {}
+    url, is_done = f"{up.describe()['router_url']}/generate", False
+    async with client.post(url, json=greedy(PROMPT, tokens, model=module, stream=True)) as response:
+        assert response.status == 200
+        async for raw in response.content:
+            line = raw.decode().strip().removeprefix("data: ")
+            is_done = line == "[DONE]"
+            if line and not is_done:
+                begun.set()
+                last = json.loads(line)
+                assert "error" not in last, last
+            elif is_done:
+                break
+    assert is_done, last
+    return [int(token) for token in last["output_ids"]]
+
+
+def test_on_sighup_a_module_comes_another_goes_and_a_third_does_not_notice(up: Up) -> None:
+    """Streams of the module that stays and of the one that goes are under way all the time."""
+    before, said_before = up.pids(), len(up.said)
+    answered = answer(up, "coder")
+    router = up.describe()["router"]
+
+    async def scenario() -> None:
+        begun = {"coder": asyncio.Event(), "twin": asyncio.Event()}
+        async with session() as client:
+            streams = {name: asyncio.create_task(stream(client, up, name, STREAMED, begun[name])) for name in begun}
+            for event in begun.values():
+                await asyncio.wait_for(event.wait(), 60.0)
+            up.write("coder", "planner")
+            up.process.send_signal(signal.SIGHUP)
+            began = time.monotonic()
+            while "planner" not in up.pids():
+                assert up.process.poll() is None and time.monotonic() - began < 240.0, up.said
+                await asyncio.sleep(0.1)
+            print(f"reloaded after {time.monotonic() - began:.1f} s; ", end="")
+            assert streams["twin"].done(), "it ended before its worker did"
+            for name, task in streams.items():
+                assert len(await task) == STREAMED, name
+        print(f"streams after {time.monotonic() - began:.1f} s")
+
+    asyncio.run(scenario())
+    after = up.pids()
+    assert list(after) == ["base", "coder", "planner"]
+    assert (after["base"], after["coder"]) == (before["base"], before["coder"])
+    assert up.describe()["router"] == router
+    assert not psutil.pid_exists(before["twin"])
+    assert "added planner, removed twin; 2 as they were" in up.said[said_before:]
+    assert health(up) == "" and answer(up, "coder") == answered
+
+    async def asked(module: str) -> tuple[int, Any]:
+        async with session() as client:
+            url = f"{up.describe()['router_url']}/generate"
+            told = await post(client, url, greedy(PROMPT, NEW_TOKENS, model=module))
+            return told.status, told.body
+
+    assert asyncio.run(asked("planner"))[0] == 200
+    status, body = asyncio.run(asked("twin"))
+    assert status == 404 and "coder, planner" in str(body)

@@ -5,6 +5,7 @@ Takes the flags that a real one gets and ignores them, but for host, port and:
   --api-key KEY: without it, everything but /health answers 401
   --fake-ready-after SECONDS
   --fake-if FILE MODE: as --fake MODE, if FILE exists when it starts
+  --fake-base NAME: the base that it names
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--fake", nargs="*", default=[])
     parser.add_argument("--fake-ready-after", type=float, default=0.0)
     parser.add_argument("--fake-if", nargs=2, metavar=("FILE", "MODE"))
+    parser.add_argument("--fake-base", default="fake")
     args, _ = parser.parse_known_args()
     fakes = set(args.fake)
     if args.fake_if and os.path.exists(args.fake_if[0]):
@@ -63,7 +65,7 @@ def main() -> None:
     info = WorkerInfo(
         role=Role(args.prefill_share_role),
         model=args.served_model_name,
-        base_fingerprint="fake",
+        base_fingerprint=args.fake_base,
         boundary=BOUNDARY_RULE,
         trained=True,
         transfer_backend="fake",

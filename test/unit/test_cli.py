@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import pty
 import re
 import shlex
 import signal
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -29,23 +33,38 @@ CLI = (sys.executable, "-m", "sglang_prefillshare.cli")
 
 
 class Up:
-    """`prefillshare up` of fake workers, running."""
+    """`prefillshare up` of fake workers, running; `has_router` starts our own router before them."""
 
-    def __init__(self, directory: Path, mark: str, *flags: str, **topology: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        mark: str,
+        *flags: str,
+        has_router: bool = False,
+        popen: Mapping[str, Any] = MappingProxyType({}),
+        **topology: Any,
+    ) -> None:
         self.ready_file = directory / "ready.json"
-        path = directory / "topology.yaml"
-        path.write_text(yaml.safe_dump(topology_data(directory, mark, **topology)))
+        self.path = directory / "topology.yaml"
+        self.data = topology_data(directory, mark, **topology)
+        self.write(self.data)
         fake = shlex.join(FAKE_COMMAND)
+        router = () if has_router else ("--router-command", fake)
         self.process = subprocess.Popen(
             [
-                *(*CLI, "up", str(path), "--json-ready", str(self.ready_file)),
-                *("--worker-command", fake, "--router-command", fake),
+                *(*CLI, "up", str(self.path), "--json-ready", str(self.ready_file)),
+                *("--worker-command", fake, *router),
                 *flags,
             ],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **popen},
         )
+
+    def write(self, data: dict[str, Any]) -> None:
+        self.path.write_text(yaml.safe_dump(data))
+
+    def names(self) -> list[str]:
+        """Of the workers that the ready file has now."""
+        return [worker["name"] for worker in json.loads(self.ready_file.read_text())["workers"]]
 
     def wait_ready(self) -> dict[str, Any]:
         assert wait_until(self.ready_file.exists), self.process.stderr
@@ -65,16 +84,16 @@ def mark() -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def up(directory: Path, mark: str, *flags: str, **topology: Any) -> Iterator[Up]:
-    running = Up(directory, mark, *flags, **topology)
+def up(directory: Path, mark: str, *flags: str, **changes: Any) -> Iterator[Up]:
+    running = Up(directory, mark, *flags, **changes)
     try:
         yield running
     finally:
         running.process.kill()
         running.process.wait()
         for stream in (running.process.stdout, running.process.stderr):
-            assert stream is not None
-            stream.close()
+            if stream is not None:
+                stream.close()
 
 
 def test_help_and_version_load_nothing_heavy() -> None:
@@ -196,7 +215,7 @@ def test_identity_write_takes_tokenizer_and_template_as_workers_do(models: tuple
 # ---- up ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_up_serves_until_it_is_told_to_stop(tmp_path: Path, mark: str, number: signal.Signals) -> None:
     with up(tmp_path, mark) as running:
         told = running.wait_ready()
@@ -251,6 +270,78 @@ def test_up_restarts_a_worker_that_died_and_says_so(tmp_path: Path, mark: str) -
     )
     assert said, err
     assert re.search(r"^\[coder\] ready again after ", err, re.MULTILINE)
+
+
+@pytest.mark.parametrize("flags", [(), ("--fail-fast",), ("--log-format", "json")])
+def test_up_reads_its_topology_again_on_sighup(tmp_path: Path, mark: str, flags: tuple[str, ...]) -> None:
+    with up(tmp_path, mark, *flags, has_router=True, popen={"start_new_session": True}) as running:
+        told = running.wait_ready()
+        running.write({**running.data, "decode": [*running.data["decode"], {"name": "tester", "model": "model"}]})
+        running.process.send_signal(signal.SIGHUP)
+        assert wait_until(lambda: running.names() == ["base", "coder", "tester"])
+        now = json.loads(running.ready_file.read_text())
+        assert (now["workers"][:2], now["router"]) == (told["workers"], told["router"])
+        running.path.write_text("base: [")
+        running.process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
+        running.write(running.data)
+        running.process.send_signal(signal.SIGHUP)
+        assert wait_until(lambda: running.names() == ["base", "coder"])
+        running.process.send_signal(signal.SIGINT)
+        status, out, err = running.finish()
+    assert (status, out) == (0, f"router {told['router_url']}\n"), err
+    for said in (
+        "now as the topology says: added tester; 2 as they were",
+        f"the topology was read anew, and nothing changed: {running.path}:1: not valid YAML",
+        "now as the topology says: removed tester; 2 as they were",
+    ):
+        assert said in err
+
+
+def with_terminal(*, is_nohup: bool) -> tuple[int, int, dict[str, Any]]:
+    """A terminal of its own for `up`: its two ends, and what to start it with."""
+    ours, theirs = pty.openpty()
+
+    def begin() -> None:
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        if is_nohup:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    streams = {"stdin": theirs, "stderr": subprocess.PIPE if is_nohup else theirs, "pass_fds": (theirs,)}
+    return ours, theirs, {"start_new_session": True, "preexec_fn": begin, **streams}
+
+
+def test_up_ends_when_its_terminal_goes_away_and_not_because_of_a_sighup_before(tmp_path: Path, mark: str) -> None:
+    ours, theirs, popen = with_terminal(is_nohup=False)
+    with up(tmp_path, mark, popen=popen) as running:
+        os.close(theirs)
+        os.set_blocking(ours, False)
+        said = bytearray()
+
+        def has_said(text: bytes) -> bool:
+            with contextlib.suppress(BlockingIOError):
+                said.extend(os.read(ours, 65536))
+            return text in said
+
+        assert wait_until(lambda: has_said(b"") and running.ready_file.exists())
+        running.process.send_signal(signal.SIGHUP)
+        assert wait_until(lambda: has_said(b"asks for what runs")), said
+        assert running.process.poll() is None
+        os.close(ours)  # the kernel sends SIGHUP
+        assert running.process.wait(20) == 0
+
+
+def test_up_under_nohup_outlives_its_terminal(tmp_path: Path, mark: str) -> None:
+    ours, theirs, popen = with_terminal(is_nohup=True)
+    with up(tmp_path, mark, popen=popen) as running:
+        os.close(theirs)
+        running.wait_ready()
+        os.close(ours)
+        time.sleep(1.0)
+        assert running.process.poll() is None and running.ready_file.exists()
+        running.process.send_signal(signal.SIGTERM)
+        status, _, err = running.finish()
+    assert status == 0 and "asks for what runs" in err
 
 
 def test_under_fail_fast_a_worker_that_dies_ends_everything_with_status_1(tmp_path: Path, mark: str) -> None:
