@@ -30,6 +30,11 @@ def error_body(status: int, message: str, *, kind: str, param: Any = None) -> di
     return {"error": {"object": "error", "message": message, "type": kind, "param": param, "code": status}}
 
 
+UNSAID: Final = "Internal server error"
+"""What SGLang makes of every failure of a worker's at `/v1/messages`."""
+
+_TOLD_CHARACTERS: Final = 500
+
 _ANTHROPIC_KINDS: Final = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -169,16 +174,28 @@ def client_error(endpoint: Endpoint, status: int, content_type: bytes, body: byt
 
     SGLang has several of its own, flat, nested, Anthropic's and FastAPI's; `/generate` keeps what it says.
     """
-    try:
-        parsed = _json.loads(body)
-    except (ValueError, RecursionError):
-        parsed = body.decode("utf-8", "replace").strip() or f"The worker answered {status}."
+    parsed = _parsed_error(body, status)
     if endpoint is Endpoint.GENERATE and isinstance(parsed, dict) and isinstance(parsed.get("error"), dict):
         error = parsed["error"]
         parsed["error"] = {**error, "message": without_paths(str(error.get("message", "")))}
         return b"application/json", _json.dumps(parsed)
     code, message, kind, param = _read_error(parsed, status)
     return b"application/json", _json.dumps(error_for(endpoint, code, message, kind=kind, param=param))
+
+
+def failure_told(source: str, status: int, body: bytes) -> str:
+    """What we say of a worker, `source`, that answered with an error: its words, if any, and no file paths."""
+    _code, message, _kind, _param = _read_error(_parsed_error(body, status), status)
+    if message == UNSAID:
+        return f"The {source} answered {status} and does not say why; its log does."
+    return f"The {source} answered {status}: {message[:_TOLD_CHARACTERS]}"
+
+
+def _parsed_error(body: bytes, status: int) -> Any:
+    try:
+        return _json.loads(body)
+    except (ValueError, RecursionError):
+        return body.decode("utf-8", "replace").strip() or f"The worker answered {status}."
 
 
 def _read_error(parsed: Any, status: int) -> tuple[int, str, str, Any]:

@@ -28,7 +28,7 @@ from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.routing import _json
 from sglang_prefillshare.routing.adapters import Adapters
 from sglang_prefillshare.routing.admin import Admin
-from sglang_prefillshare.routing.answers import error_body, error_for_path
+from sglang_prefillshare.routing.answers import error_for_path
 from sglang_prefillshare.routing.board import Board
 from sglang_prefillshare.routing.client import ClientGoneError, read_body
 from sglang_prefillshare.routing.config import RouterConfig
@@ -434,7 +434,7 @@ class Router:
                 return response.status, response.headers.get("content-type", "application/json"), answer
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             message = f"The {worker.label} did not answer {path}: {str(error) or type(error).__name__}."
-            return 502, "application/json", _json.dumps(error_body(502, message, kind="worker_error"))
+            return 502, "application/json", _json.dumps(error_for_path(path, 502, message, kind="worker_error"))
 
     # -- names in paths
 

@@ -55,6 +55,10 @@ class Trouble:
     answer: tuple[bytes, bytes] | None = None
     retry_after_s: int | None = None
 
+    def is_passed_on_at(self, endpoint: Endpoint) -> bool:
+        """Whether the worker's own words are told. At `/v1/messages` its failures are all one text."""
+        return self.answer is not None and not (endpoint is Endpoint.MESSAGES and self.status >= 500)
+
 
 @dataclass(slots=True, eq=False)
 class Call:
@@ -281,11 +285,11 @@ class Dispatcher:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._config.abort_timeout_s):
                 match conclusion.step:
-                    case Step.PASS_ON:
+                    case Step.PASS_ON if trouble.is_passed_on_at(call.endpoint):
                         assert trouble.answer is not None
                         content_type, body = client_error(call.endpoint, trouble.status, *trouble.answer)
                         await reply.whole(trouble.status, [(b"content-type", content_type)], body)
-                    case Step.TELL:
+                    case Step.TELL | Step.PASS_ON:
                         await reply.error(
                             trouble.status, trouble.message, kind=trouble.kind, retry_after_s=trouble.retry_after_s
                         )

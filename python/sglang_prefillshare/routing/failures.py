@@ -9,7 +9,7 @@ from http import HTTPStatus
 
 import aiohttp
 
-from sglang_prefillshare.routing.answers import WorkerFailure
+from sglang_prefillshare.routing.answers import WorkerFailure, failure_told
 from sglang_prefillshare.routing.breaker import Fault
 from sglang_prefillshare.routing.endings import LegEnd
 from sglang_prefillshare.routing.workers import Worker
@@ -78,7 +78,7 @@ def ended_early(worker: Worker, failure: WorkerFailure) -> LegError:
 
 def refused_by(worker: Worker, response: aiohttp.ClientResponse, body: bytes, *, is_silent: bool = False) -> LegError:
     end = LegEnd.REFUSED if response.status < 500 else LegEnd.SILENT if is_silent else LegEnd.FAILED
-    message = f"The {worker.label} answered {response.status}: {body[:500].decode('utf-8', 'replace')}"
+    message = failure_told(worker.label, response.status, body)
     return LegError(LegFailure(worker, end, response.status, message, (_content_type(response), body)))
 
 

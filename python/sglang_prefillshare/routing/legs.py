@@ -21,7 +21,7 @@ import aiohttp
 
 from sglang_prefillshare.protocol import CACHED_TOKENS_HEADER, CROSS_MODEL_HEADER, PROMPT_TOKENS_HEADER, Role
 from sglang_prefillshare.routing.aborts import Aborts
-from sglang_prefillshare.routing.answers import ClientIds, Events, failure_in, failure_in_events
+from sglang_prefillshare.routing.answers import UNSAID, ClientIds, Events, failure_in, failure_in_events
 from sglang_prefillshare.routing.attempt import Accounting, Attempt, AttemptEnd
 from sglang_prefillshare.routing.client import ClientGoneError, Receive, wait_until_gone
 from sglang_prefillshare.routing.config import RouterConfig
@@ -54,8 +54,6 @@ _FULL_FOR_S: Final = 1.0
 """How long a worker that says it is full gets nothing."""
 _TRANSFER_FAILURES: Final = (b"Decode transfer failed", b"Decode handshake failed")
 """How SGLang's decode workers begin the error of a request whose KV did not come, whatever the reason."""
-_ANY_FAILURE: Final = b'"Internal server error"'
-"""What they make of it at `/v1/messages`, as of every other failure."""
 
 
 class Legs:
@@ -254,7 +252,7 @@ class Legs:
         """
         texts: tuple[bytes, ...] = _TRANSFER_FAILURES
         if attempt.job.request.endpoint is Endpoint.MESSAGES:
-            texts = (*texts, _ANY_FAILURE)
+            texts = (*texts, b'"%s"' % UNSAID.encode())
         if any(text in data for text in texts) and await self._goes_silent(attempt):
             worker = attempt.prefill_worker
             raise lost(worker, f"The {worker.label} was lost.")

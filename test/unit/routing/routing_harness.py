@@ -94,8 +94,9 @@ class Seen:
 @dataclass
 class FakeWorker:
     """`behave` scripts the generation endpoints: ok, bad, broken, hang, hang_after_first, die, die_mid_stream,
-    die_mid_body, broken_then_silent (to polls), transfer_failed, "full:<status>", or "slow:<seconds>"; `script` goes
-    first, one word a call. What it saw is in `seen`, `aborted` and `dropped`; `active` calls are being answered.
+    die_mid_body, broken_then_silent (to polls), transfer_failed, "full:<status>", "slow:<seconds>", or
+    "said:<status>" and "said_late:<status>" with what the test has put into `said`; `script` goes first, one word a
+    call. What it saw is in `seen`, `aborted` and `dropped`; `active` calls are being answered.
     `metrics` is the page it shows, `tree` the tree that it describes; `None` is 404."""
 
     info: WorkerInfo
@@ -302,6 +303,9 @@ class FakeWorker:
             case "said":  # whatever the test says, as a stream's events if one is asked for
                 kind_of = "text/event-stream" if body.get("stream") else "application/json"
                 return web.Response(status=int(argument or 200), body=self.said, content_type=kind_of)
+            case "said_late":
+                await asyncio.sleep(0.2)
+                return web.Response(status=int(argument), body=self.said, content_type="application/json")
             case "respond":
                 return await self._respond(request, body)
             case "echo":

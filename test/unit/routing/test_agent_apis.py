@@ -179,13 +179,72 @@ def test_a_lost_prefill_is_noticed_behind_an_error_that_says_nothing():
     async def scenario():
         async with running_system(prefill=2, decode={"planner": 1}, loss_wait_s=3.0, poll_timeout_s=0.3) as system:
             first, decode = system.prefill[0], system.decode["planner"][0]
-            decode.said = b'{"type":"error","error":{"type":"api_error","message":"Internal server error"}}'
+            decode.said = SAYS_NOTHING
             first.script, decode.script = ["hang"], ["said:500"]
             client = asyncio.create_task(system.post("/v1/messages", ASK))
             await asyncio.gather(first.arrived.wait(), decode.arrived.wait())
             first.info_behave = "hang"
             answer = await client
             assert (answer.status, (await system.last_call())["attempts"]) == (200, 2)
+
+    run(scenario())
+
+
+SAYS_NOTHING = b'{"type":"error","error":{"type":"api_error","message":"Internal server error"}}'
+SAYS_MORE = b'{"type":"error","error":{"type":"api_error","message":"cannot read /srv/models/planner/x.bin"}}'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("role", "behave", "said", "status", "kind", "says"),
+    [
+        ("decode", "said:500", SAYS_NOTHING, 500, "api_error", "answered 500 and does not say why; its log does."),
+        ("prefill", "said:500", SAYS_NOTHING, 500, "api_error", "answered 500 and does not say why; its log does."),
+        ("decode", "said:500", SAYS_MORE, 500, "api_error", "answered 500: cannot read x.bin"),
+        ("decode", "die", b"", 502, "api_error", "The connection to the "),
+    ],
+)
+def test_a_messages_call_that_fails_is_told_which_worker_failed(stream, role, behave, said, status, kind, says):
+    """What SGLang says there is one text for every failure."""
+
+    async def scenario():
+        async with running_system(retries=0) as system:
+            worker = system.decode["planner"][0] if role == "decode" else system.prefill[0]
+            worker.said, worker.script = said, [behave]
+            if role == "prefill":
+                system.decode["planner"][0].behave = "hang"
+            answer = await system.post("/v1/messages", ASK | {"stream": stream})
+            assert answer.status == status, answer.body
+            told = answer.json()
+            assert told.keys() == {"type", "error"} and told["type"] == "error"
+            assert told["error"].keys() == {"type", "message"} and told["error"]["type"] == kind
+            assert worker.url in told["error"]["message"] and says in told["error"]["message"], told
+            assert "/srv" not in answer.body.decode()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/chat/completions"])
+def test_a_stream_that_prefill_fails_midway_ends_with_its_words_without_file_paths(path):
+    async def scenario():
+        async with running_system(retries=0) as system:
+            prefill, decode = system.prefill[0], system.decode["planner"][0]
+            prefill.said, prefill.script, decode.behave = SAYS_MORE, ["said_late:500"], "hang_after_first"
+            answer = await system.post(path, ASK | {"stream": True})
+            told = json.loads(answer.body.rstrip().rpartition(b"data: ")[2])["error"]["message"]
+            assert told == f"The prefill worker {prefill.url} answered 500: cannot read x.bin"
+
+    run(scenario())
+
+
+def test_a_count_that_no_worker_gives_is_an_error_of_anthropics_form():
+    async def scenario():
+        async with running_system() as system:
+            planner = system.decode["planner"][0]
+            await planner.stop()
+            answer = await system.post("/v1/messages/count_tokens", {"model": "planner", "messages": ASK["messages"]})
+            assert answer.status in (502, 503) and planner.url in answer.error
+            assert answer.json().keys() == {"type", "error"}
 
     run(scenario())
 
