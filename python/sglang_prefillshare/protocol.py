@@ -36,7 +36,8 @@ PROMPT_TOKENS_HEADER: Final = "x-prefill-share-prompt-tokens"
 CACHED_TOKENS_HEADER: Final = "x-prefill-share-cached-tokens"
 CROSS_MODEL_HEADER: Final = "x-prefill-share-cross-model-cached-tokens"
 """On a prefill leg's answer: tokens that the base had to hold (n-1), those found in its radix tree, and of those
-the ones whose KV was first computed for another decode module."""
+the ones whose KV was first computed for another decode module. Of a batch the sums over its prompts; each counts once,
+however many answers to it there are (`n`)."""
 
 
 class Role(StrEnum):

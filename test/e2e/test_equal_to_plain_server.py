@@ -190,9 +190,8 @@ def test_n_answers_cost_one_prefill_and_one_handoff(deployment: Deployment) -> N
     assert [answer["output_ids"] for answer in several.body] == [one.body["output_ids"]] * 4
     prompt_tokens = one.body["meta_info"]["prompt_tokens"]
     held = prompt_tokens - 1
-    # Of a prompt that is in the tree the last token is computed again, for each of the three that came after.
-    assert call["prefill_tokens"] == 4 * held
-    assert call["prefill_tokens"] - call["cached_tokens"] <= held + 3
+    assert call["prefill_tokens"] == held, "the prompt counts once"
+    assert 0 <= call["cached_tokens"] < held, "it was new"
     assert handoffs.by_outcome == {"ok": 4}
     assert handoffs.moved_tokens <= held + 3 < 2 * held
 

@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sglang.srt.managers.io_struct import GenerateReqInput
 
+from sglang_prefillshare.host.http import routes
 from sglang_prefillshare.host.http.requests import check_lists
 from sglang_prefillshare.host.http.routes import LegMiddleware, generate_request
-from sglang_prefillshare.protocol import ADAPTER_HEADER, MODULE_HEADER, RID_HEADER
+from sglang_prefillshare.host.roles.prefill import REPORT_KEY
+from sglang_prefillshare.protocol import (
+    ADAPTER_HEADER,
+    CACHED_TOKENS_HEADER,
+    CROSS_MODEL_HEADER,
+    MODULE_HEADER,
+    PROMPT_TOKENS_HEADER,
+    RID_HEADER,
+    Role,
+)
 from sglang_prefillshare.request_fields import (
     GENERATE,
     MAX_BATCH,
@@ -74,15 +85,24 @@ def test_what_sglangs_own_endpoints_set_passes() -> None:
     check_fields(GENERATE, {"received_time": 1795752000.5, "routed_dp_rank": None}, NO_LIMITS)
 
 
-async def asked(middleware_options: dict[str, Any], path: str, headers: dict[str, str], obj: Any) -> list[Any]:
+async def nothing_said(self: Any, obj: Any, request: Any) -> AsyncIterator[Any]:
+    yield {"meta_info": {}}
+
+
+async def asked(
+    middleware_options: dict[str, Any],
+    path: str,
+    headers: dict[str, str],
+    obj: Any,
+    *,
+    original: Callable[..., AsyncIterator[Any]] = nothing_said,
+    manager: Any = None,
+) -> list[Any]:
     """What a client is sent by a worker whose endpoint generates for `obj`."""
     sent: list[Any] = []
 
-    async def original(self: Any, obj: Any, request: Any) -> AsyncIterator[Any]:
-        yield {"meta_info": {}}
-
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        async for _ in generate_request(original, None, obj):
+        async for _ in generate_request(original, manager, obj):
             await send({"type": "http.response.start", "status": 200})
 
     async def send(message: Any) -> None:
@@ -103,6 +123,31 @@ def test_a_leg_is_called_what_its_headers_say_where_its_api_has_no_name() -> Non
         obj = GenerateReqInput(text="a", **fields)
         asyncio.run(asked({}, "/v1/messages", headers, obj))
         assert (obj.rid, obj.routing_key, obj.lora_path) == wanted
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_prompt_counts_once_however_many_answers_it_gets(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(routes, "current_settings", lambda: SimpleNamespace(role=Role.PREFILL))
+    tokens = {"a": 100, "b": 7}
+    seen: set[str] = set()
+
+    async def prefill(self: Any, obj: Any, request: Any) -> AsyncIterator[Any]:
+        """As the base: the first of each prompt is computed, all but the last token of the others is found."""
+        told = []
+        for text in obj.text:
+            found = tokens[text] - 1 if text in seen else 10 * (text == "a")
+            seen.add(text)
+            told.append(
+                {"meta_info": {"prompt_tokens": tokens[text], "cached_tokens": found, REPORT_KEY: [found // 2]}}
+            )
+        yield told
+
+    obj = GenerateReqInput(text=["a", "b"], sampling_params={"n": count}, rid=[f"r{i}" for i in range(2 * count)])
+    manager = SimpleNamespace(incremental_streaming_output=False)
+    start, *_ = asyncio.run(asked({}, "/generate", {}, obj, original=prefill, manager=manager))
+    headers = {name.decode(): value.decode() for name, value in start["headers"]}
+    assert headers[PROMPT_TOKENS_HEADER] == "107"
+    assert (headers[CACHED_TOKENS_HEADER], headers[CROSS_MODEL_HEADER]) == ("10", "5")
 
 
 def test_responses_that_sglang_has_turned_off_are_refused_with_what_is_missing() -> None:

@@ -288,7 +288,7 @@ async def _observed(
         answers = _several(original, self, obj, request, count)
     async with contextlib.aclosing(answers) as stream:
         async for answer in stream:
-            _count(answer)
+            _count(answer, answers_per_prompt=count)
             yield answer
 
 
@@ -315,12 +315,13 @@ def _several(
     )
 
 
-def _count(answer: Any) -> None:
+def _count(answer: Any, *, answers_per_prompt: int) -> None:
+    """Add what an answer, or a list of them, says of its prompt to the leg's counts: once for each prompt."""
     leg = _leg.get()
     if leg is None:
         return
     counts = leg.counts
-    for item in answer if isinstance(answer, list) else [answer]:
+    for item in answer[::answers_per_prompt] if isinstance(answer, list) else [answer]:
         meta = item.get("meta_info", {}) if isinstance(item, dict) else {}
         if REPORT_KEY not in meta:
             continue
