@@ -52,6 +52,11 @@ class Observation:
         """The base whose KV it writes or reads, by its last word."""
         return base_named(self.info)
 
+    @property
+    def is_asked(self) -> bool:
+        """It answered once, or could not be reached."""
+        return self.was_seen or self.lost is not None
+
     def serves(self, module: str) -> bool:
         """Whether it is a decode worker that has `module`, by its last word."""
         if self.info is None or self.info.role is not Role.DECODE or module not in self.modules:
@@ -82,6 +87,8 @@ class Bases:
     """Bases that a prefill worker holds, or held while somebody still names them; the one seen first comes first."""
     of_module: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """The base that each decode module is bound to."""
+    tentative: frozenset[str] = frozenset()
+    """Modules that were bound before everybody had been asked once: who answers first is not to decide for good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +104,9 @@ def judge(workers: Sequence[Observation], *, before: Bases | None = None) -> Jud
     """Judge all workers anew; `before` is what the last judgement settled.
 
     A prefill worker is of its own base's pool. A decode worker fits if a prefill worker holds its base, or held it: it
-    keeps its verdict while prefill restarts. A module stays bound to its base as long as a reachable worker serves it
-    there; then it goes over to the base of the first that does. Workers that drain do not hold it.
+    keeps its verdict while prefill restarts. Of the bases on which reachable workers serve a module, one with a ready
+    prefill worker comes before one without; among those the one that it is bound to; else that of the worker that comes
+    first in `workers`. Workers that drain do not hold it.
     """
     before = before or Bases()
     verdicts = {worker.url: misfit for worker in workers if (misfit := _own_misfit(worker)) is not None}
@@ -111,12 +119,19 @@ def judge(workers: Sequence[Observation], *, before: Bases | None = None) -> Jud
     named = {worker.base for worker in workers}
     known = tuple(dict.fromkeys([*(base for base in before.known if base in named), *pools]))
     holding = [worker for worker in fitting if not worker.is_draining]
+    fed = {worker.base for worker in holding if worker.info is not None and worker.info.role is Role.PREFILL}
+    is_somebody_unasked = not all(worker.is_asked for worker in workers)
     of_module: dict[str, str] = {}
+    tentative: set[str] = set()
     for module in dict.fromkeys(module for worker in workers for module in worker.modules):
-        bound = _binding(module, workers, holding, known, incumbent=before.of_module.get(module))
+        is_settled = module in before.of_module and module not in before.tentative
+        incumbent = before.of_module[module] if is_settled else None
+        bound = _binding(module, workers, holding, fed=fed, known=known, incumbent=incumbent)
         if bound is not None:
             of_module[module] = bound
-    bases = Bases(known, MappingProxyType(of_module))
+            if is_somebody_unasked and not is_settled:
+                tentative.add(module)
+    bases = Bases(known, MappingProxyType(of_module), frozenset(tentative))
     strangers: dict[str, frozenset[str]] = {}
     for worker in fitting:
         assert worker.info is not None
@@ -130,15 +145,16 @@ def _binding(
     module: str,
     workers: Sequence[Observation],
     holding: Sequence[Observation],
-    known: Collection[str],
     *,
+    fed: Collection[str | None],
+    known: Collection[str],
     incumbent: str | None,
 ) -> str | None:
-    """The base of `module`: of those that reachable workers name and prefill holds; if there is none, of those that
-    reachable workers name; else of those that were named last. Among them the incumbent, else the first."""
+    """The base of `module`: of those that reachable workers name one that prefill holds now (`fed`), else one that it
+    held, else any; where there is none, one that was named last. Among such the incumbent, else the first."""
     live = [worker.base for worker in holding if worker.serves(module)]
     said = [worker.base for worker in workers if worker.serves(module) and worker.base is not None]
-    named = [base for base in live if base in known] or live or said
+    named = [base for base in live if base in fed] or [base for base in live if base in known] or live or said
     return incumbent if incumbent in named else next(iter(named), None)
 
 

@@ -1,6 +1,7 @@
 """Which workers fit together, and which base a module is bound to."""
 
 from dataclasses import replace
+from itertools import permutations
 
 from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.routing.verdicts import Bases, Observation, Status, judge
@@ -55,6 +56,53 @@ def test_a_module_of_two_bases_belongs_to_the_first_and_the_other_worker_is_refu
     before = judge([*bases, second]).bases
     assert before.of_module == {"planner": "base-2"}
     assert "'planner' is served on base-2" in refusal("d0", *bases, first, second, before=before), "seen first"
+
+
+def unasked(worker: Observation) -> Observation:
+    return replace(worker, info=None, was_seen=False)
+
+
+def test_who_answers_first_does_not_decide_the_base_of_a_module():
+    """Whatever the order of the first answers, the bases end as if all had come at once."""
+    workers = [
+        seen("p0"),
+        seen("p1", base_fingerprint="base-2"),
+        seen("d0", Role.DECODE, "planner"),
+        seen("d1", Role.DECODE, "planner", base_fingerprint="base-2"),
+    ]
+    for order in permutations(range(4)):
+        bases = Bases()
+        for count in range(1, 5):
+            now = [worker if place in order[:count] else unasked(worker) for place, worker in enumerate(workers)]
+            bases = judge(now, before=bases).bases
+        assert bases.of_module == {"planner": "base-1"} and not bases.tentative, order
+
+
+def test_a_module_that_is_served_stays_where_it_is_when_an_earlier_worker_comes_back_or_another_joins():
+    bases = [seen("p0"), seen("p1", base_fingerprint="base-2")]
+    first = seen("d0", Role.DECODE, "planner")
+    second = seen("d1", Role.DECODE, "planner", base_fingerprint="base-2")
+    absent = replace(unasked(first), lost="does not answer")
+    before = judge([*bases, absent, second]).bases
+    assert before.of_module == {"planner": "base-2"}
+    joins = Observation("d2", None, None, None, None, None, was_seen=False)
+    for now in ([first, second], [first, second, joins]):
+        before = judge([*bases, *now], before=before).bases
+        assert before.of_module == {"planner": "base-2"}
+
+
+def test_a_base_that_prefill_holds_now_comes_before_one_that_it_held():
+    old, new = seen("p0"), seen("p1", base_fingerprint="base-2")
+    first = seen("d0", Role.DECODE, "planner")
+    second = seen("d1", Role.DECODE, "planner", base_fingerprint="base-2")
+    before = judge([old, new, first, second]).bases
+    assert before.of_module == {"planner": "base-1"}
+    for gone in (replace(old, lost="does not answer"), replace(old, is_draining=True)):
+        found = judge([gone, new, first, second], before=before)
+        assert found.bases.of_module == {"planner": "base-2"} and found.verdicts["d1"].status is Status.READY
+        back = judge([old, new, first, second], before=found.bases)
+        assert back.bases.of_module == {"planner": "base-2"}, "it serves there already"
+    assert judge([replace(old, lost="x"), first, second], before=before).bases.of_module == {"planner": "base-1"}
 
 
 def test_a_module_goes_over_to_another_base_when_its_last_worker_drains_or_is_lost():
