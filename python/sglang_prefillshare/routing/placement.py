@@ -102,15 +102,15 @@ class Placer:
         `UnplacedError` where there is none.
         """
         self._raise_if_missing(request.module)
-        prefilling = self._usable(Role.PREFILL, request.module, instead_of)
         decoding = self._usable(Role.DECODE, request.module, instead_of)
+        prefilling = self._usable(Role.PREFILL, request.module, instead_of)
         prefill, decode = (before.prefill, before.decode) if before is not None else (None, None)
-        if prefill is None or prefill.worker not in prefilling:
-            decision = self._pick_prefill(request, self._prefill_snapshots(request, chains, prefilling))
-            prefill = self._noted(Role.PREFILL, decision, request, chains)
         if decode is None or decode.worker not in decoding:
             decision = self._pick_decode(request, self._decode_snapshots(request, chains, decoding))
             decode = self._noted(Role.DECODE, decision, request, chains)
+        if prefill is None or prefill.worker not in prefilling:
+            decision = self._pick_prefill(request, self._prefill_snapshots(request, chains, prefilling))
+            prefill = self._noted(Role.PREFILL, decision, request, chains)
         holds = {choice.worker.url: self._hold(request, chains, choice.worker) for choice in (prefill, decode)}
         return _begun(request, prefill, decode, holds=holds)
 
