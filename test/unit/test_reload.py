@@ -312,6 +312,36 @@ def test_one_that_crashes_again_and_again_is_replaced_by_what_was_mended(tmp_pat
         assert up.is_healthy() and up.pids()["base"] == before["base"]
 
 
+def test_the_router_and_a_worker_that_die_meanwhile_come_back_and_the_reload_goes_on(tmp_path: Path, mark: str) -> None:
+    data = {**topology_data(tmp_path, mark), "decode": [module("coder"), module("twin")]}
+    with running(tmp_path, mark, data) as up:
+        router, coder = up.deployment.router, up.deployment.worker("coder")
+        assert router is not None and router.pid is not None and coder.pid is not None
+        pids = {router.pid, coder.pid}
+        up.data = {**data, "decode": [module("coder"), module("tester", args={"fake-ready-after": 1.5})]}
+        up.deployment.request_reload()
+        assert wait_until(lambda: up.told.states[-1][:2] == ("tester", State.STARTING))
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: up.told.ended == 1, timeout_s=40.0)
+        assert up.told.reloads[-1] == ("now as the topology says: added tester, removed twin; 2 as they were", False)
+        assert wait_until(up.is_healthy)
+        assert sorted(up.models()) == ["coder", "tester"]
+        assert wait_until(lambda: bool(up.restored))
+        assert not pids & {router.pid, coder.pid} and coder.launch_count == router.launch_count == 2
+
+
+def test_a_unified_server_stays_as_it_is(tmp_path: Path, mark: str) -> None:
+    modules = [{"name": name, "adapter": "model"} for name in ("planner", "coder")]
+    data = {**topology_data(tmp_path, mark), "unified": True, "decode": modules}
+    with running(tmp_path, mark, data) as up:
+        before = up.pids()
+        told, is_refused = up.reload(modules[0])
+        assert is_refused and "a unified server is one process" in told
+        assert up.reload(*modules) == ("the topology was read anew, and asks for what runs", False)
+        assert up.pids() == before
+
+
 # ---- on GPUs, of which there are none: what is planned and in which order it runs ----------------------------------
 
 
