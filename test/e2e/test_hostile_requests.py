@@ -72,6 +72,7 @@ HOSTILE: dict[str, tuple[str, dict[str, Any]]] = {
     "more tokens than there are": sampled(max_new_tokens=2**62),
     "a pattern that never ends": sampled(stop_regex="(a+)+$"),
     "parameters inside parameters": sampled(custom_params={"a": {"b": {"c": [1]}}}),
+    "a response format that is a list": chat(response_format=["False"]),
     "a rank that is not there": generate(disagg_prefill_dp_rank=7),
     "addresses of others": generate(encoder_urls=["http://127.0.0.1:9"]),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import traceback
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -37,6 +38,9 @@ from sglang_prefillshare.request_fields import MAX_DEPTH
 from sglang_prefillshare.settings import current_settings
 
 INIT_INFO_KEY: Final = "prefill_share"
+
+_REQUEST_MODELS: Final = "sglang.srt.entrypoints.openai.protocol"
+"""Where SGLang reads a request's fields, before anything was answered."""
 
 _NEW_WEIGHTS: Final = "new weights would serve under the old identity. Restart the worker."
 
@@ -246,6 +250,16 @@ class LegMiddleware:
             await self._app(scope, receive, send_with_counts)
         except RecursionError:  # of a parser, before anything was answered
             await _refuse(send, f"The request has arrays or objects inside one another over {MAX_DEPTH} deep.")
+        except (AttributeError, KeyError, TypeError) as error:
+            if not _is_raised_in(error, _REQUEST_MODELS):
+                raise
+            await _refuse(send, f"SGLang cannot read the request: a field is of another type than it wants ({error}).")
+
+
+def _is_raised_in(error: BaseException, module: str) -> bool:
+    """Whether the frame that raised it runs code of `module`."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and frames[-1][0].f_globals.get("__name__") == module
 
 
 async def _refuse(send: Any, reason: str, *, status: HTTPStatus = HTTPStatus.BAD_REQUEST) -> None:
