@@ -38,6 +38,7 @@ def test_members_are_shown_with_who_is_refused_and_why(tmp_path):
         async with running_system(wait=False, prepare=prepare, sources=[FileSource(str(path))]) as system:
             pool, coder = system.router.pool, system.decode["coder"][0]
             await until(lambda: pool[coder.url].status == "refused" and pool.served_modules() == ["planner"])
+            await until(lambda: "names no worker" in str(system.router.roster.to_json()))
             status, table = await asyncio.to_thread(called, "--router", system.url)
             assert status == 0
             for part in (coder.url, "refused", "its transfer backend", "prefill", "planner", "base-1", "static"):
