@@ -27,6 +27,7 @@ from test.support.servers import answers, greedy, post, session
 PROMPT = sample_prompt(200, seed=42)
 NEW_TOKENS = 8
 STREAMED = 3800
+STREAM_TIMEOUT_S = 300.0
 """Tokens of an answer that takes about as long as a worker takes to start."""
 
 
@@ -151,7 +152,8 @@ async def stream(client: aiohttp.ClientSession, up: Up, module: str, tokens: int
     """The tokens of a stream that came to its end, which `[DONE]` is; it sets `begun` at the first."""
     last: dict[str, Any] = {}
     url, is_done = f"{up.describe()['router_url']}/generate", False
-    async with client.post(url, json=greedy(PROMPT, tokens, model=module, stream=True)) as response:
+    body = greedy(PROMPT, tokens, model=module, stream=True)
+    async with client.post(url, json=body, timeout=aiohttp.ClientTimeout(total=STREAM_TIMEOUT_S)) as response:
         assert response.status == 200
         async for raw in response.content:
             line = raw.decode().strip().removeprefix("data: ")
@@ -166,6 +168,7 @@ async def stream(client: aiohttp.ClientSession, up: Up, module: str, tokens: int
     return [int(token) for token in last["output_ids"]]
 
 
+@pytest.mark.slow  # a minute and more of streams, which must outlast a worker's start
 def test_on_sighup_a_module_comes_another_goes_and_a_third_does_not_notice(up: Up) -> None:
     """Streams of the module that stays and of the one that goes are under way all the time."""
     before, said_before = up.pids(), len(up.said)
