@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from benchmark.serving.streams import until_ready  # noqa: E402
-from sglang_prefillshare.config import topology_from  # noqa: E402
-from sglang_prefillshare.deployment import Deployment, PortBlocks  # noqa: E402
+from sglang_prefillshare.config import RouterSettings, topology_from  # noqa: E402
+from sglang_prefillshare.deployment import Deployment, DeploymentOptions, PortBlocks, router_command  # noqa: E402
 from sglang_prefillshare.display import Display  # noqa: E402
 from sglang_prefillshare.environment import describe_environment  # noqa: E402
 from test.support.models import make_base, make_decode_module  # noqa: E402
@@ -153,11 +153,9 @@ def second_router(deployment: Deployment, *flags: str) -> Iterator[str]:
     """Another router before the same workers; yields its URL once it is ready."""
     ports = PortBlocks()
     port = ports.take()
-    command = [sys.executable, "-m", "sglang_prefillshare.cli", "route", "--port", str(port), "--log-level", "warning"]
-    for worker in deployment.workers:
-        module = worker.plan.module
-        command += ["--prefill", worker.url] if module is None else ["--decode", f"{module}={worker.url}"]
-    process = subprocess.Popen([*command, *flags], env=os.environ)
+    plans = [worker.plan for worker in deployment.workers]
+    command = router_command(RouterSettings(), plans, port=port, options=DeploymentOptions())
+    process = subprocess.Popen([*command, "--log-level", "warning", *flags], env=os.environ)
     try:
         url = f"http://127.0.0.1:{port}"
         asyncio.run(until_ready(url))

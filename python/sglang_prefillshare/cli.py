@@ -472,7 +472,7 @@ def merge(adapter: Path, out: Path, base: str | None, tokenizer_path: str | None
 
 
 @cli.command()
-@click.option("--quick", is_flag=True, help="Leave out the handoff, for which two processes load SGLang.")
+@click.option("--quick", is_flag=True, help="Leave out the handoff between two processes.")
 @click.option(
     "--disaggregation-transfer-backend",
     "backend",

@@ -149,8 +149,8 @@ def logit_bias(name: str, value: Any, limits: Limits) -> None:
         raise FieldError(f"{name} has {len(value)} ids, wanted at most {MAX_LISTED_IDS}.")
     last = _INT32 if limits.vocab_size is None else limits.vocab_size - 1
     for key, bias in value.items():
-        text = str(key)
-        if not (text.isascii() and text.isdigit() and len(text) <= 10 and int(text) <= last):
+        token = whole_number(str(key), digits=10)
+        if token is None or token > last:
             raise _fail(f"a key of {name}", key, f"a token id from 0 to {last}")
         number(-100.0, 100.0)(f"{name}[{key}]", bias, limits)
 
@@ -261,6 +261,12 @@ def no_beam_search(name: str, value: Any, limits: Limits) -> None:
 def watermark(name: str, value: Any, limits: Limits) -> None:
     if not isinstance(value, Mapping):
         raise _fail(name, value, "an object")
+
+
+def whole_number(text: str, *, digits: int = 9) -> int | None:
+    """The number that `text` is; None where it is anything but decimal digits, or more than so many: Python refuses to
+    read some thousands."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= digits else None
 
 
 def response_format(name: str, value: Any, limits: Limits) -> None:

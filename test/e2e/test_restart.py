@@ -27,8 +27,8 @@ from test.support.servers import answers, greedy, post, session
 PROMPT = sample_prompt(200, seed=42)
 NEW_TOKENS = 8
 STREAMED = 3800
-STREAM_TIMEOUT_S = 300.0
 """Tokens of an answer that takes about as long as a worker takes to start."""
+STREAM_TIMEOUT_S = 300.0
 
 
 class Up:

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import aiohttp
 import click
@@ -41,14 +42,20 @@ from rich.progress import Progress
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from sglang_prefillshare.config import AdapterModule, DecodeModule, Topology, WorkerSettings  # noqa: E402
+from sglang_prefillshare.config import (  # noqa: E402
+    AdapterModule,
+    DecodeModule,
+    RouterSettings,
+    Topology,
+    WorkerSettings,
+)
 from sglang_prefillshare.deployment import (  # noqa: E402
-    ROUTER_COMMAND,
     Deployment,
     DeploymentOptions,
     PortBlocks,
     Worker,
     WorkerPlan,
+    router_command,
 )
 from sglang_prefillshare.process import SupervisedProcess  # noqa: E402
 from sglang_prefillshare.protocol import Role  # noqa: E402
@@ -696,21 +703,17 @@ async def linked_routers(
     ports = PortBlocks()
     async with AsyncExitStack() as stack:
         stack.callback(ports.release)
-        flags: list[str] = []
+        linked: list[WorkerPlan] = []
         for worker in deployment.workers:
-            role = worker.plan.role
-            assert role is not None
-            url = await stack.enter_async_context(links.to(worker.url, role))
-            if role is Role.PREFILL:
-                flags += ["--prefill", url]
-            else:
-                for name in worker.plan.adapters or (worker.plan.module,):
-                    flags += ["--decode", f"{name}={url}"]
+            assert worker.plan.role is not None
+            url = urlsplit(await stack.enter_async_context(links.to(worker.url, worker.plan.role)))
+            assert url.hostname is not None and url.port is not None
+            linked.append(dataclasses.replace(worker.plan, host=url.hostname, port=url.port))
         routers: list[SupervisedProcess] = []
         urls: list[str] = []
         for name, args in (("router", ROUTER_ARGS), ("hasty", HASTY_ARGS)):
             port = ports.take()
-            command = [*ROUTER_COMMAND, "--host", "127.0.0.1", "--port", str(port), *flags, *args]
+            command = [*router_command(RouterSettings(), linked, port=port, options=DeploymentOptions()), *args]
             log = stack.enter_context((log_dir / f"{name}.log").open("w", buffering=1))
             router = SupervisedProcess(
                 name,

@@ -5,20 +5,34 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from sglang_prefillshare.config import Topology, topology_from
-from sglang_prefillshare.deployment import DeploymentOptions
+from sglang_prefillshare.deployment import Deployment, DeploymentOptions
 from sglang_prefillshare.process import StopGrace
 
 FAKE_COMMAND = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
 _MARK = "PREFILLSHARE_TEST_MARK"
+
+
+@contextlib.contextmanager
+def in_a_thread(deployment: Deployment, wait: Callable[[], None], *, ends_within_s: float) -> Iterator[None]:
+    """`wait`, which serves until `deployment` is asked to stop, in a thread of its own; it ends with the block."""
+    thread = threading.Thread(target=wait)
+    thread.start()
+    try:
+        yield
+    finally:
+        deployment.request_stop()
+        thread.join(timeout=ends_within_s)
+        assert not thread.is_alive()
 
 
 def fake_options(**changes: Any) -> DeploymentOptions:

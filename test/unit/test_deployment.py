@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import threading
 import time
 import urllib.error
 import urllib.request
@@ -40,7 +39,16 @@ from sglang_prefillshare.process import ExitStatus, StopGrace, describe_exit
 from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.restarts import Restart, RestartPolicy
 from test.support.cuda_driver import FakeDriver, PeerInAThread
-from test.unit.deploying import fake_options, fake_topology, marked, new_mark, nothing_left, topology_data, wait_until
+from test.unit.deploying import (
+    fake_options,
+    fake_topology,
+    in_a_thread,
+    marked,
+    new_mark,
+    nothing_left,
+    topology_data,
+    wait_until,
+)
 
 
 @pytest.fixture
@@ -455,14 +463,8 @@ def waiting(deployment: Deployment, restored: list[str] | None = None) -> Iterat
         except (StopRequestedError, WorkerError) as error:
             ended_with.append(error)
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    try:
+    with in_a_thread(deployment, wait, ends_within_s=20.0):
         yield ended_with
-    finally:
-        deployment.request_stop()
-        thread.join(timeout=20.0)
-        assert not thread.is_alive()
 
 
 def kill(worker: Worker) -> int:

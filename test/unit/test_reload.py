@@ -21,7 +21,7 @@ from sglang_prefillshare.deployment import ROUTER_COMMAND, Deployment, Silent, S
 from sglang_prefillshare.errors import ConfigError, WorkerError
 from sglang_prefillshare.process import StopGrace
 from sglang_prefillshare.restarts import RestartPolicy
-from test.unit.deploying import fake_options, marked, new_mark, nothing_left, topology_data, wait_until
+from test.unit.deploying import fake_options, in_a_thread, marked, new_mark, nothing_left, topology_data, wait_until
 
 
 @pytest.fixture
@@ -104,14 +104,8 @@ def running(directory: Path, mark: str, data: dict[str, Any] | None = None, **op
     topology = topology_from(data, directory=directory)
     with Deployment(topology, options=fake_options(**values), observer=told) as deployment:
         found = Running(deployment, told, data, directory)
-        thread = threading.Thread(target=found.wait)
-        thread.start()
-        try:
+        with in_a_thread(deployment, found.wait, ends_within_s=30.0):
             yield found
-        finally:
-            deployment.request_stop()
-            thread.join(timeout=30.0)
-            assert not thread.is_alive()
 
 
 def module(name: str, **keys: Any) -> dict[str, Any]:

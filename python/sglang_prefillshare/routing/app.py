@@ -25,6 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from sglang_prefillshare import __version__
 from sglang_prefillshare.protocol import Role
+from sglang_prefillshare.request_fields import whole_number
 from sglang_prefillshare.routing import _json
 from sglang_prefillshare.routing.adapters import Adapters
 from sglang_prefillshare.routing.admin import Admin
@@ -280,10 +281,11 @@ class Router:
         ]
 
     async def recent_calls(self, request: Request) -> Response:
-        limit = request.query_params.get("limit")
-        if limit is not None and not (limit.isascii() and limit.isdigit() and len(limit) <= 9):
-            raise HTTPException(400, f"limit is {limit[:40]!r}, wanted a number of at most nine digits.")
-        records = self.calls.find(rid=request.query_params.get("rid"), limit=None if limit is None else int(limit))
+        text = request.query_params.get("limit")
+        limit = None if text is None else whole_number(text)
+        if text is not None and limit is None:
+            raise HTTPException(400, f"limit is {text[:40]!r}, wanted a number of at most nine digits.")
+        records = self.calls.find(rid=request.query_params.get("rid"), limit=limit)
         return JSONResponse({"calls": [record.to_json() for record in records]})
 
     async def expose_metrics(self, request: Request) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any, Final
 
+from sglang_prefillshare.request_fields import whole_number
 from sglang_prefillshare.routing import _json
 from sglang_prefillshare.routing.answers import error_event_for, error_for
 from sglang_prefillshare.routing.endings import Said
@@ -26,7 +27,7 @@ class ClientGoneError(Exception):
 async def read_body(receive: Receive, announced: str, *, max_bytes: int) -> bytes:
     """The whole body; 413 as soon as it is known to be too large. `announced`: its content-length header, or empty."""
     parts: list[bytes] = []
-    size = int(announced) if announced.isascii() and announced.isdigit() and len(announced) < 20 else 0
+    size = whole_number(announced, digits=19) or 0
     if size > max_bytes:
         raise RequestError(413, f"The request body is larger than {max_bytes} bytes.")
     size = 0

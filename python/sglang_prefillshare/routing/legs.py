@@ -20,6 +20,7 @@ from typing import Final
 import aiohttp
 
 from sglang_prefillshare.protocol import CACHED_TOKENS_HEADER, CROSS_MODEL_HEADER, PROMPT_TOKENS_HEADER, Role
+from sglang_prefillshare.request_fields import whole_number
 from sglang_prefillshare.routing.aborts import Aborts
 from sglang_prefillshare.routing.answers import UNSAID, ClientIds, Events, failure_in, failure_in_events
 from sglang_prefillshare.routing.attempt import Accounting, Attempt, AttemptEnd
@@ -362,4 +363,4 @@ def _returned_headers(response: aiohttp.ClientResponse) -> list[tuple[bytes, byt
 
 def _count(response: aiohttp.ClientResponse, header: str) -> int | None:
     value = response.headers.get(header)
-    return int(value) if value is not None and value.isascii() and value.isdigit() else None
+    return None if value is None else whole_number(value)

@@ -10,6 +10,7 @@ import time
 from typing import Any, Final
 
 from sglang_prefillshare.host.roles.tree import DESCRIBE
+from sglang_prefillshare.request_fields import whole_number
 from sglang_prefillshare.tree import DEFAULT_LIMIT, MAX_LIMIT, readable
 
 FRESH_S: Final = 0.5
@@ -63,6 +64,7 @@ def parse_limit(text: str | None) -> int:
     """The query's `limit`. Raises `ValueError` with what was wanted."""
     if text is None:
         return DEFAULT_LIMIT
-    if not (text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= MAX_LIMIT):
+    limit = whole_number(text)
+    if limit is None or not 1 <= limit <= MAX_LIMIT:
         raise ValueError(f"limit is {text[:40]!r}, wanted a number of nodes from 1 to {MAX_LIMIT}.")
-    return int(text)
+    return limit
