@@ -24,7 +24,8 @@ With `unified: true` that and the base are one server, at the router's `host` an
 
 `args` holds flags of `sglang.launch_server` (for `router`: of `prefillshare route`) without their dashes. `true` is a
 switch, a list gives one flag several values, a mapping is passed as JSON, and `false` or `null` leaves the flag
-out. An unknown or repeated key is an error. Starting what is described here is `deployment.py`'s task.
+out. `kv-events-config: auto` has each prefill worker tell the router what its radix tree holds, on ports that are found
+for it. An unknown or repeated key is an error. Starting what is described here is `deployment.py`'s task.
 """
 
 from __future__ import annotations

@@ -86,9 +86,12 @@ _UNBUFFERED: Final[Mapping[str, str]] = {"PYTHONUNBUFFERED": "1"}
 _ANSWER_BYTES: Final = 64 * 1024
 _GPUS: Final = "CUDA_VISIBLE_DEVICES"
 _BACKEND: Final = "disaggregation-transfer-backend"
+_EVENTS_FLAG: Final = "kv-events-config"
+EVENTS_AUTO: Final = "auto"
+"""As that flag's value in a topology: each prefill worker publishes what its tree holds, on ports of its own."""
 
 _DRAIN_SLACK_S: Final = 15.0
-_HTTP, _BOOTSTRAP, _NCCL, _GUARD = 0, 1, 2, PORTS_PER_WORKER - 1
+_HTTP, _BOOTSTRAP, _NCCL, _EVENTS, _REPLAY, _GUARD = 0, 1, 2, 3, 4, PORTS_PER_WORKER - 1
 _TAIL_LINES_IN_ERROR: Final = 20
 
 
@@ -1005,6 +1008,9 @@ def plan_worker(
     if bootstrap_port is not None:
         its_ports["disaggregation-bootstrap-port"] = bootstrap_port
     args = {"model-path": settings.model, "host": WORKER_HOST, **own_args, **topology.args_of(settings)}
+    its_events: dict[str, ArgValue] = {}
+    if args.get(_EVENTS_FLAG) == EVENTS_AUTO:
+        its_events[_EVENTS_FLAG] = _events_config(first_port) if role is Role.PREFILL else None
     is_cpu = args.get("device", "cpu" if is_cpu_host else None) == "cpu"
     return WorkerPlan(
         name=name,
@@ -1013,12 +1019,25 @@ def plan_worker(
         host=WORKER_HOST,
         port=first_port + _HTTP,
         bootstrap_port=bootstrap_port,
-        command=(*options.worker_command, *flags_of({**its_ports, **args})),
+        command=(*options.worker_command, *flags_of({**its_ports, **args, **its_events})),
         env=_worker_env(topology, settings, index=index, is_cpu=is_cpu, environ=environ),
         ready_paths=ready_paths,
         api_key=topology.worker_api_key(settings),
         args=args,
         is_cpu=is_cpu,
+    )
+
+
+def _events_config(first_port: int) -> str:
+    """Events that the router can use, for this machine alone."""
+    return json.dumps(
+        {
+            "publisher": "zmq",
+            "format": "dynamo",
+            "bind": True,
+            "endpoint": f"tcp://{WORKER_HOST}:{first_port + _EVENTS}",
+            "replay_endpoint": f"tcp://{WORKER_HOST}:{first_port + _REPLAY}",
+        }
     )
 
 
@@ -1137,7 +1156,7 @@ class PortBlocks:
             except OSError:
                 guard.close()
                 continue
-            if not all(_is_free("", first + offset) for offset in (_HTTP, _BOOTSTRAP, _NCCL)):
+            if not all(_is_free("", first + offset) for offset in (_HTTP, _BOOTSTRAP, _NCCL, _EVENTS, _REPLAY)):
                 guard.close()
                 continue
             self._guards[first] = guard

@@ -39,6 +39,14 @@ CROSS_MODEL_HEADER: Final = "x-prefill-share-cross-model-cached-tokens"
 the ones whose KV was first computed for another decode module. Of a batch the sums over its prompts; each counts once,
 however many answers to it there are (`n`)."""
 
+BLOCKS_HEADER: Final = "x-prefill-share-last-blocks"
+"""On the same, of a worker that publishes what its tree holds (`EventStream`): for each prompt, in order and separated
+by commas, how many tokens the base had to hold and the hash of the last complete block of them, `TOKENS:HASH`, without
+a HASH where there is none. A block's hash depends on all tokens before it, so that it names the whole prompt. The
+worker's events call the block the same."""
+MAX_BLOCKS_TOLD: Final = 64
+"""Of more prompts in one request the header says nothing: a header's length is bounded."""
+
 
 class Role(StrEnum):
     """Which half of the split a worker runs, or both."""
@@ -78,6 +86,30 @@ class Room:
         return cls(**values)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EventStream:
+    """Where a worker publishes which blocks its radix tree takes and gives up: SGLang's KV events, in dynamo format.
+
+    Both ports are the worker's host's: ZMQ's PUB, and a ROUTER that repeats what was missed. A block has as many tokens
+    as a page of the worker.
+    """
+
+    port: int
+    replay_port: int
+    topic: str = ""
+
+    @classmethod
+    def from_json(cls, data: Any, *, source: str) -> EventStream:
+        """Raises `WorkerError`, naming `source`, for what is none."""
+        wanted = "wanted an object with port, replay_port (1 to 65535) and topic"
+        if not isinstance(data, dict) or not {"port", "replay_port"} <= data.keys():
+            raise WorkerError(f"{source} says that its event stream is {data!r}, {wanted}.")
+        ports, topic = (data["port"], data["replay_port"]), data.get("topic", "")
+        if not all(type(port) is int and 0 < port < 65536 for port in ports) or not isinstance(topic, str):
+            raise WorkerError(f"{source} says that its event stream is {data!r}, {wanted}.")
+        return cls(port=ports[0], replay_port=ports[1], topic=topic)
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerInfo:
     """What one worker says of itself at `WORKER_INFO_PATH`.
@@ -115,6 +147,8 @@ class WorkerInfo:
 
     modules: list[str] | None = None
     """The decode modules that it serves as adapters, by name; None where it serves `model`."""
+    events: EventStream | None = None
+    """Where it publishes what its tree holds; None where it does not, or not in a way that a router can use."""
     room: Room | None = field(default=None, compare=False)
     """How full it is now; None where it does not say. The one thing here that changes while a worker stays the same, so
     that two descriptions which differ in it alone are equal."""
@@ -141,6 +175,8 @@ class WorkerInfo:
             raise WorkerError(f"{source} has role {values['role']!r}, wanted prefill, decode or unified.") from None
         if values.get("room") is not None:
             values["room"] = Room.from_json(values["room"], source=source)
+        if values.get("events") is not None:
+            values["events"] = EventStream.from_json(values["events"], source=source)
         modules = values.get("modules")
         if not isinstance(modules, list | None) or not all(isinstance(name, str) for name in modules or ()):
             raise WorkerError(f"{source} has the modules {modules!r}, wanted a list of names, or null.")

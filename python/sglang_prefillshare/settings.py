@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from sglang_prefillshare.identity.fingerprint import BaseIdentity
-from sglang_prefillshare.protocol import Role
+from sglang_prefillshare.protocol import EventStream, Role
 
 ENV_NAME: Final = "SGLANG_PREFILL_SHARE_SETTINGS"
 BACKEND_NAME: Final = "prefillshare"
@@ -37,6 +37,8 @@ class RoleSettings:
     """How long prefill keeps pages for a decode worker that does not confirm its copy."""
     adapters: bool = False
     """Whether its decode modules are LoRA adapters on the base, which it serves by name."""
+    events: EventStream | None = None
+    """Where a prefill worker publishes what its tree holds, if a router can use it."""
 
     @property
     def shares_kv_pool(self) -> bool:
@@ -55,6 +57,7 @@ class RoleSettings:
         data = json.loads(text)
         data["role"] = Role(data["role"])
         data["identity"] = BaseIdentity(**data["identity"])
+        data["events"] = None if data["events"] is None else EventStream(**data["events"])
         return cls(**data)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from sglang_prefillshare.host.flags import event_stream
+from sglang_prefillshare.protocol import EventStream
 from test.support.models import make_adapter, make_base, make_decode_module
 
 _PARSE = """
@@ -110,6 +113,9 @@ REFUSED = {
     "unified and disaggregated": (
         "unified base --disaggregation-mode decode --lora-paths a=adapter", "contradicts --prefill-share-role unified",
     ),
+    "events that SGLang would not take": (
+        """prefill base --kv-events-config {"format":"x"}""", "Input should be 'default' or 'dynamo'",
+    ),
     "fake transfers": ("prefill base --disaggregation-transfer-backend fake", "moves no KV"),
 }  # fmt: skip
 
@@ -193,3 +199,33 @@ def test_cores_are_dealt_out_to_ranks(cores: set[int], ranks: int, dealt: str) -
     from sglang_prefillshare.host import flags
 
     assert flags.cores_of_ranks(cores, ranks) == dealt
+
+
+_EVENTS = {
+    "publisher": "zmq", "format": "dynamo", "bind": True,
+    "endpoint": "tcp://127.0.0.1:5557", "replay_endpoint": "tcp://127.0.0.1:5558",
+}  # fmt: skip
+
+
+def test_events_that_a_router_can_use_are_described() -> None:
+    described = EventStream(port=5557, replay_port=5558)
+    assert event_stream(json.dumps(_EVENTS)) == described
+    everywhere = {"endpoint": "tcp://*:5557", "replay_endpoint": "tcp://*:5558", "bind": None, "topic": "kv"}
+    assert event_stream(json.dumps(_EVENTS | everywhere)) == EventStream(port=5557, replay_port=5558, topic="kv")
+    assert event_stream(None) is None and event_stream('{"publisher": "null"}') is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"format": "default"}, "its format is default"),
+        ({"replay_endpoint": None}, "a replay_endpoint"),
+        ({"endpoint": "ipc:///tmp/x"}, "a replay_endpoint, tcp://"),
+        ({"bind": None}, "a publisher that connects to tcp://127.0.0.1:5557"),
+    ],
+)
+def test_events_that_are_for_others_stay_and_the_router_guesses(
+    change: dict[str, object], reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert event_stream(json.dumps(_EVENTS | change)) is None
+    assert reason in capsys.readouterr().err

@@ -113,6 +113,21 @@ def test_ports_that_sglang_derives_do_not_meet_another_workers(tmp_path: Path) -
     assert max(taken) < 22000  # SGLang draws random ports from there on
 
 
+def test_each_prefill_worker_publishes_on_ports_of_its_own(tmp_path: Path) -> None:
+    shared = {"kv-events-config": "auto"}
+    workers, _ = plan(topology_data(tmp_path, "", base={"workers": 2}, args=shared), tmp_path)
+    configs = [json.loads(flag(worker, "--kv-events-config") or "null") for worker in workers]
+    assert configs[2] is None, "nobody follows a decode worker"
+    ports = [int(config[name].rpartition(":")[2]) for config in configs[:2] for name in ("endpoint", "replay_endpoint")]
+    assert len({*ports, *(worker.port for worker in workers), *(w.bootstrap_port for w in workers[:2])}) == 9
+    for config, worker in zip(configs[:2], workers, strict=False):
+        assert (config["publisher"], config["format"], config["bind"]) == ("zmq", "dynamo", True)
+        assert config["endpoint"].startswith(f"tcp://{worker.host}:")
+    own = {"publisher": "zmq", "endpoint": "tcp://*:7000"}
+    workers, _ = plan(topology_data(tmp_path, "", base={"args": {"kv-events-config": own}}), tmp_path)
+    assert json.loads(flag(workers[0], "--kv-events-config") or "null") == own
+
+
 def test_args_become_flags(tmp_path: Path) -> None:
     args = {"max-total-tokens": 500, "disable-radix-cache": True, "lora-paths": ["a", "b"], "sleep-on-idle": False}
     (base, _), _ = plan(topology_data(tmp_path, "", base={"args": args}), tmp_path)

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from sglang_prefillshare.errors import WorkerError
-from sglang_prefillshare.protocol import BOUNDARY_RULE, Role, Room, WorkerInfo
+from sglang_prefillshare.protocol import BOUNDARY_RULE, EventStream, Role, Room, WorkerInfo
 
 INFO = WorkerInfo(
     role=Role.DECODE, model="planner", base_fingerprint="b", boundary=BOUNDARY_RULE, trained=True,
@@ -39,3 +39,22 @@ def test_a_worker_need_not_say_anything_and_may_say_more():
 def test_what_is_no_room_is_refused(room):
     with pytest.raises(WorkerError, match="w says that its"):
         WorkerInfo.from_json(INFO.to_json() | {"room": room}, source="w")
+
+
+def test_an_event_stream_comes_back_as_it_went():
+    told = dataclasses.replace(INFO, events=EventStream(port=5557, replay_port=5558, topic="t"))
+    read = WorkerInfo.from_json(told.to_json(), source="w")
+    assert read.events == told.events and read != INFO, "another publisher is another process"
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        *([], 7, {}, {"port": 5}, {"port": "5", "replay_port": 6}, {"port": True, "replay_port": 6}),
+        *({"port": 5, "replay_port": 0}, {"port": 65536, "replay_port": 6}),
+        {"port": 5, "replay_port": 6, "topic": 3},
+    ],
+)
+def test_what_is_no_event_stream_is_refused(events):
+    with pytest.raises(WorkerError, match="w says that its event stream"):
+        WorkerInfo.from_json(INFO.to_json() | {"events": events}, source="w")

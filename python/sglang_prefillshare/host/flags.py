@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sglang_prefillshare.errors import ConfigError, PrefillShareError
-from sglang_prefillshare.protocol import Role
+from sglang_prefillshare.protocol import EventStream, Role
 from sglang_prefillshare.settings import BACKEND_NAME, DEFAULT_LEASE_TIMEOUT_S, NO_BACKEND, RoleSettings, publish
 
 if TYPE_CHECKING:
     from sglang_prefillshare.identity.fingerprint import BaseIdentity
 
 _EXPLICIT: Final = "_prefill_share_explicit"
+_EXAMPLE_EVENTS_CONFIG: Final = (
+    '{"publisher": "zmq", "format": "dynamo", "bind": true, "endpoint": "tcp://127.0.0.1:5557", '
+    '"replay_endpoint": "tcp://127.0.0.1:5558"}'
+)
 _ALLOC_CONFS: Final = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """PyTorch reads either."""
 
@@ -338,6 +342,7 @@ def _identify(role: Role, args: argparse.Namespace) -> RoleSettings:
             NO_BACKEND if role is Role.UNIFIED else args.disaggregation_transfer_backend,
             lease_timeout_s=args.prefill_share_lease_timeout,
             adapters=role is Role.UNIFIED,
+            events=event_stream(args.kv_events_config) if role is Role.PREFILL else None,
         )
     if base is None:
         raise ConfigError(
@@ -359,6 +364,43 @@ def _identify(role: Role, args: argparse.Namespace) -> RoleSettings:
         check_tokenizer(module, identity, chat_template=args.chat_template, revision=args.revision)
     is_trained = check_training(module, base, identity, allow_untrained=args.prefill_share_allow_untrained)
     return RoleSettings(role, base, identity, is_trained, args.disaggregation_transfer_backend)
+
+
+def event_stream(config: str | None) -> EventStream | None:
+    """What `--kv-events-config` lets a router subscribe to. One that others may want, and no router of ours can use, is
+    left as it is, and stderr says why: the router then guesses. Raises `ConfigError` for what SGLang would not take."""
+    if not config:
+        return None
+    from pydantic import ValidationError
+    from sglang.srt.disaggregation.kv_events import KVEventsConfig, parse_tcp_port
+
+    try:
+        parsed = KVEventsConfig.from_cli(config)
+    except ValidationError as error:
+        problem = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise ConfigError(
+            f"--kv-events-config {config} cannot be used ({problem}). Write it as JSON, such as "
+            f"'{_EXAMPLE_EVENTS_CONFIG}'."
+        ) from error
+    if parsed.publisher != "zmq":
+        return None
+    port, replay_port = parse_tcp_port(parsed.endpoint), parse_tcp_port(parsed.replay_endpoint)
+    is_wildcard = any(host in parsed.endpoint for host in ("*", "::", "0.0.0.0"))  # as SGLang sees it
+    unusable = None
+    if parsed.format != "dynamo":
+        unusable = f"its format is {parsed.format}, and only the hashes of dynamo depend on the base"
+    elif port is None or replay_port is None:
+        unusable = "it needs both an endpoint and a replay_endpoint, tcp://HOST:PORT"
+    elif not (is_wildcard if parsed.bind is None else parsed.bind):
+        unusable = f"a publisher that connects to {parsed.endpoint} cannot be subscribed to (bind: true lets it)"
+    if unusable is not None:
+        print(
+            f"prefillshare: the router cannot use --kv-events-config and guesses what this worker holds: {unusable}.",
+            file=sys.stderr,
+        )
+        return None
+    assert port is not None and replay_port is not None
+    return EventStream(port=port, replay_port=replay_port, topic=parsed.topic)
 
 
 def _check_adapters(role: Role, args: argparse.Namespace, identity: BaseIdentity) -> bool:

@@ -34,6 +34,7 @@ from sglang_prefillshare.routing.board import Board
 from sglang_prefillshare.routing.client import ClientGoneError, read_body
 from sglang_prefillshare.routing.config import RouterConfig
 from sglang_prefillshare.routing.dispatch import Dispatcher
+from sglang_prefillshare.routing.event_streams import EventStreams
 from sglang_prefillshare.routing.keys import CALLER_SCOPE, KeyFile, KeyGate
 from sglang_prefillshare.routing.legs import Legs
 from sglang_prefillshare.routing.prefix_index import PrefixIndex
@@ -92,6 +93,7 @@ class Router:
         self._session: aiohttp.ClientSession | None = None
         self._roster: Roster | None = None
         self._adapters: Adapters | None = None
+        self._streams: EventStreams | None = None
 
     @property
     def dispatcher(self) -> Dispatcher:
@@ -149,6 +151,7 @@ class Router:
             self._roster = Roster(
                 self.config, pool=self.pool, poll=self._poll, on_forgotten=self._forget, group=pollers
             )
+            self._streams = EventStreams(self.pool.blocks, group=pollers)
             self._roster.start()
             try:
                 yield
@@ -157,11 +160,15 @@ class Router:
                 self.board.stop()
                 self._roster.stop()
                 self._adapters.stop()
+                self._streams.stop()
+        self._streams.close()
         await asyncio.to_thread(self._tracer.close)
 
     async def _poll(self, worker: Worker) -> None:
         await self._poll_once(worker)
         self.adapters.restore(worker)
+        if self._streams is not None and worker.url in self.pool:
+            self._streams.update(worker)
 
     async def _poll_once(self, worker: Worker) -> None:
         await self.pool.poll(worker, self.session)
@@ -170,6 +177,8 @@ class Router:
         """What else is known of a member that is gone."""
         self.dispatcher.forget_sessions({worker.url})
         self.adapters.forget(worker)
+        if self._streams is not None:
+            self._streams.forget(worker)
 
     # -- generation
 
@@ -263,11 +272,19 @@ class Router:
                         **worker.to_json(),
                         "sources": self.roster.sources_of(worker.url),
                         "prefix_blocks": self.index.block_count(worker.url),
+                        "events": self._events(worker),
                     }
                     for worker in self.pool
                 ],
             }
         )
+
+    def _events(self, worker: Worker) -> dict[str, Any] | None:
+        """Of one that publishes what its tree holds: how many blocks these are, and why they do not count."""
+        known = self.pool.blocks.known(worker.url)
+        if known is None:
+            return None
+        return {"is_current": known.is_current, "blocks": len(known.held), "problem": known.problem}
 
     def _bases(self) -> list[dict[str, Any]]:
         """Each base with its ready prefill workers and the modules that are bound to it; the one seen first first."""
@@ -300,6 +317,8 @@ class Router:
             self.metrics.worker_inflight.labels(*labels).set(len(worker.legs))
             if worker.role is Role.PREFILL:
                 self.metrics.worker_inflight_tokens.labels(worker.url).set(worker.inflight_tokens)
+                is_followed = self.pool.blocks.current(worker.url) is not None
+                self.metrics.worker_events_followed.labels(worker.url).set(is_followed)
         of_workers = sum_families((worker.served_model or "", found) for worker, found in families.items())
         body, content_type = self.metrics.exposition(of_workers)
         return Response(body, headers={"content-type": content_type})

@@ -172,7 +172,9 @@ class RouterConfig:
     """A session that made no call for so long does not count for its worker any more; it still finds it again."""
     prefix_block_bytes: int = 256
     prefix_capacity_blocks: int = 65_536
-    """Bound of the prefix index, for each worker."""
+    """Bound of the prefix index, for each worker; as many bytes of prompts are kept for those that publish events."""
+    event_capacity_blocks: int = 1_048_576
+    """A worker that publishes more blocks than this is guessed at."""
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     breaker: BreakerConfig = field(default_factory=BreakerConfig)

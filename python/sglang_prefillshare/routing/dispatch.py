@@ -86,6 +86,7 @@ class Call:
             decode_worker=decode.worker.url if decode else None,
             decision=prefill.decision.reason if prefill else None,
             matched_tokens=prefill.decision.matched_tokens if prefill else None,
+            matched_by=prefill.matched_by if prefill else None,
             decode_decision=decode.decision.reason if decode else None,
             decode_matched_tokens=decode.decision.matched_tokens if decode else None,
             attempts=self.attempts,

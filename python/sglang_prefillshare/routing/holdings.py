@@ -38,7 +38,7 @@ class Holdings:
 
     def need(self, hold: Hold) -> int:
         """Tokens that `hold` would add; a prefix that its own prompts share counts for each."""
-        missing = sum(len(chain) - self._held(chain) for chain in hold.chains)
+        missing = sum(len(chain) - self.held_blocks(chain) for chain in hold.chains)
         return missing * self._block_tokens + hold.own_tokens
 
     def has_block(self, block: int) -> bool:
@@ -61,7 +61,7 @@ class Holdings:
         self._own_tokens -= hold.own_tokens
         assert self._own_tokens >= 0
 
-    def _held(self, chain: Sequence[int]) -> int:
+    def held_blocks(self, chain: Sequence[int]) -> int:
         """How many blocks of `chain` are held: those before a held one are, too."""
         # [0, low) held, [high, len) not held
         low, high = 0, len(chain)

@@ -19,7 +19,13 @@ from typing import Final
 
 import aiohttp
 
-from sglang_prefillshare.protocol import CACHED_TOKENS_HEADER, CROSS_MODEL_HEADER, PROMPT_TOKENS_HEADER, Role
+from sglang_prefillshare.protocol import (
+    BLOCKS_HEADER,
+    CACHED_TOKENS_HEADER,
+    CROSS_MODEL_HEADER,
+    PROMPT_TOKENS_HEADER,
+    Role,
+)
 from sglang_prefillshare.request_fields import whole_number
 from sglang_prefillshare.routing.aborts import Aborts
 from sglang_prefillshare.routing.answers import UNSAID, ClientIds, Events, failure_in, failure_in_events
@@ -122,6 +128,7 @@ class Legs:
                     is_silent = response.status >= 500 and await self._goes_silent(attempt)
                     raise refused_by(worker, response, answer, is_silent=is_silent)
                 found = attempt.accounting = self.account(response, answer)
+                self._placer.computed(job.request, worker, response.headers.get(BLOCKS_HEADER))
                 if found.prefill_tokens is not None and found.cached_tokens is not None:
                     worker.rate.note(found.prefill_tokens - found.cached_tokens, time.monotonic() - leg.began_s)
                 attempt.prefill_end = LegEnd.WHOLE

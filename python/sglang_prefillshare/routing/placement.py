@@ -7,14 +7,17 @@ then on) is noted here, before the KV is there. Nothing waits, and nothing is se
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final
 
-from sglang_prefillshare.protocol import Role
+from sglang_prefillshare.protocol import BLOCKS_HEADER, Role
 from sglang_prefillshare.routing.admission import has_room, output_tokens
+from sglang_prefillshare.routing.block_index import parse_told
 from sglang_prefillshare.routing.config import RouterConfig
 from sglang_prefillshare.routing.holdings import Hold
 from sglang_prefillshare.routing.policy import (
@@ -32,11 +35,20 @@ from sglang_prefillshare.routing.sharing import common_blocks, wait_for_prefix_s
 from sglang_prefillshare.routing.telemetry import Metrics
 from sglang_prefillshare.routing.workers import Leg, Worker, WorkerPool
 
+logger = logging.getLogger(__name__)
+
 Chains = Sequence[Sequence[int]]
 """The block hashes of a request's prompts (`ClientRequest.chains`)."""
 
 _CLAIMS: Final = (Reason.SESSION, Reason.PREFIX)
 """Why a request had better wait for a prefill worker than have its prefix computed by another."""
+
+
+class MatchedBy(StrEnum):
+    """What says how much of a prompt a worker holds; a label of the prediction counters."""
+
+    EVENTS = "events"  # its own, of what its tree takes and gives up
+    GUESS = "guess"  # what was sent there
 
 
 class UnplacedError(Exception):
@@ -49,6 +61,7 @@ class Choice:
 
     worker: Worker
     decision: Decision
+    matched_by: MatchedBy = MatchedBy.GUESS
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +210,16 @@ class Placer:
             if sessions.is_new(session_key):
                 sessions.assign(session_key, worker)
 
+    def computed(self, request: ClientRequest, worker: Worker, told: str | None) -> None:
+        """A prefill worker has computed the request's prompts, and `told` what it calls their blocks."""
+        known = self._pool.blocks.known(worker.url)
+        if told is None or known is None:
+            return
+        try:
+            known.computed(request.prompts, parse_told(told), now_s=time.monotonic())
+        except ValueError as error:
+            logger.warning("%s: %s cannot be read: %s", worker.label, BLOCKS_HEADER, error)
+
     def can_replace_prefill(self, worker: Worker) -> bool:
         """Whether a request could be prefilled by another worker than this one, of its base."""
         return not self.is_stopping and any(
@@ -249,13 +272,13 @@ class Placer:
         self, request: ClientRequest, chains: Chains, among: Collection[Worker]
     ) -> list[PrefillSnapshot]:
         counts = self._counts_for(request, self._sessions_of(Role.PREFILL, request.module))
-        return self._pool.prefill_snapshots(request.module, chains, among=among, session_counts=counts)
+        return self._pool.prefill_snapshots(request.module, chains, request.prompts, among=among, session_counts=counts)
 
     def _decode_snapshots(
         self, request: ClientRequest, chains: Chains, among: Collection[Worker]
     ) -> list[DecodeSnapshot]:
         counts = self._counts_for(request, self._sessions_of(Role.DECODE, request.module))
-        return self._pool.decode_snapshots(request.module, chains, among=among, session_counts=counts)
+        return self._pool.decode_snapshots(request.module, chains, request.prompts, among=among, session_counts=counts)
 
     def _pick_prefill(self, request: ClientRequest, snapshots: Sequence[PrefillSnapshot]) -> Decision:
         sessions = self._sessions_of(Role.PREFILL, request.module)
@@ -292,7 +315,8 @@ class Placer:
         for chain in chains:
             self._index.insert(decision.worker, chain)
         sessions.assign(request.session_key, decision.worker)
-        return Choice(self._pool[decision.worker], decision)
+        is_known = self._pool.blocks.current(decision.worker) is not None
+        return Choice(self._pool[decision.worker], decision, MatchedBy.EVENTS if is_known else MatchedBy.GUESS)
 
     def _hold(self, request: ClientRequest, chains: Chains, worker: Worker) -> Hold:
         """What a leg of `request` holds at most: its prompts, on decode its answers too, each to a whole page."""

@@ -70,7 +70,8 @@ class CallRecord:
 
     The token counts come from the prefill worker: what the base had to hold, what it found, and what of that
     was first computed for another decode module. `decision` is why the prefill worker was chosen, `matched_tokens`
-    what it was expected to hold; `decode_decision` and `decode_matched_tokens` are the same of the decode worker.
+    what it was expected to hold, by `matched_by` (its events, or a guess); `decode_decision` and
+    `decode_matched_tokens` are the same of the decode worker.
     `queue_ms` is how long it waited for room, which `overhead_ms` leaves out.
     `rid` is the client's name of the call, `worker_rids` the workers'. `attempts` counts the pairs of legs; all else
     is the last pair's. `caller` names the client's key, where keys are asked for.
@@ -99,6 +100,7 @@ class CallRecord:
     error: str | None
     started_at: float
     caller: str | None = None
+    matched_by: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -150,6 +152,15 @@ class Metrics:
         self.cross_model_cached_tokens = counter(
             "cross_model_cached_tokens", "Cached tokens first computed for another decode module.", "model"
         )
+        self.predicted_tokens = counter(
+            "predicted_tokens", "Prompt tokens that the prefill worker was expected to hold.", "source"
+        )
+        self.found_tokens = counter(
+            "found_tokens", "Prompt tokens of the same calls that it then found in its tree.", "source"
+        )
+        self.prediction_error_tokens = counter(
+            "prediction_error_tokens", "By how many tokens the two differ, added up call by call.", "source"
+        )
         self.decisions = counter("decisions", "Choices of a worker, by reason.", "role", "reason")
         self.legs_aborted = counter("legs_aborted", "Legs ended before their answer was complete.", "role", "cause")
         self.abort_failures = counter("abort_failures", "Abort messages that no worker confirmed.", "role")
@@ -173,6 +184,11 @@ class Metrics:
             "worker's: it is down, did not answer at /metrics in time, or shows none there.",
             *("role", "model", "worker"),
         )
+        self.worker_events_followed = gauge(
+            "worker_events_followed",
+            "1 if the worker's own events say what its tree holds; else it is guessed.",
+            "worker",
+        )
         self.worker_inflight = gauge("worker_inflight_legs", "Legs in flight.", "role", "model", "worker")
         self.worker_inflight_tokens = gauge(
             "worker_inflight_prefill_tokens", "Estimated tokens that prefill legs in flight have to compute.", "worker"
@@ -188,7 +204,7 @@ class Metrics:
         """Drop what is shown of each worker, before it is set again for those that there are."""
         for gauge in (
             *(self.worker_ready, self.worker_breaker_open, self.worker_metrics_missing),
-            *(self.worker_inflight, self.worker_inflight_tokens),
+            *(self.worker_inflight, self.worker_inflight_tokens, self.worker_events_followed),
         ):
             gauge.clear()
 
@@ -201,6 +217,12 @@ class Metrics:
             self.cached_tokens.labels(record.model).inc(record.cached_tokens)
         if record.cross_model_cached_tokens is not None:
             self.cross_model_cached_tokens.labels(record.model).inc(record.cross_model_cached_tokens)
+        if None not in (record.matched_by, record.matched_tokens, record.cached_tokens):
+            assert record.matched_tokens is not None and record.cached_tokens is not None
+            self.predicted_tokens.labels(record.matched_by).inc(record.matched_tokens)
+            self.found_tokens.labels(record.matched_by).inc(record.cached_tokens)
+            error = abs(record.matched_tokens - record.cached_tokens)
+            self.prediction_error_tokens.labels(record.matched_by).inc(error)
         if record.overhead_ms is not None:
             self.overhead_s.labels(record.model).observe(record.overhead_ms / 1000)
             self.queue_s.labels(record.model).observe(record.queue_ms / 1000)

@@ -25,6 +25,7 @@ from sglang_prefillshare.errors import WorkerError
 from sglang_prefillshare.protocol import WORKER_INFO_PATH, Role, WorkerInfo
 from sglang_prefillshare.request_fields import NO_LIMITS, Limits
 from sglang_prefillshare.routing.admission import Stock, foreign_tokens
+from sglang_prefillshare.routing.block_index import BlockIndex
 from sglang_prefillshare.routing.breaker import Breaker, Permit
 from sglang_prefillshare.routing.config import BreakerConfig, RouterConfig
 from sglang_prefillshare.routing.holdings import NOTHING, Hold, Holdings
@@ -294,6 +295,11 @@ class WorkerPool:
     def __init__(self, config: RouterConfig, *, index: PrefixIndex) -> None:
         self._config = config
         self._index = index
+        self.blocks = BlockIndex(
+            capacity_bytes=config.prefix_capacity_blocks * config.prefix_block_bytes,
+            capacity_blocks=config.event_capacity_blocks,
+        )
+        """What the workers hold that publish it; of the others `index` has a guess."""
         self._workers: dict[str, Worker] = {}
         self._block_tokens = max(1, config.prefix_block_bytes // BYTES_PER_TOKEN)
         self.on_change: Callable[[], None] = _ignore
@@ -355,6 +361,7 @@ class WorkerPool:
         """A member is gone, and with it what the prefix index knew of it."""
         del self._workers[worker.url]
         self._index.drop(worker.url)
+        self.blocks.leave(worker.url)
         self._arrange()
         self.judge_all()
 
@@ -422,6 +429,7 @@ class WorkerPool:
         self,
         module: str,
         chains: Sequence[Sequence[int]],
+        prompts: Sequence[bytes] = (),
         *,
         among: Collection[Worker] | None = None,
         session_counts: Mapping[str, int] = MappingProxyType({}),
@@ -432,7 +440,7 @@ class WorkerPool:
             PrefillSnapshot(
                 worker.url,
                 worker.inflight_tokens,
-                self._matched_tokens(worker, chains),
+                self._matched_tokens(worker, chains, prompts),
                 session_counts.get(worker.url, 0),
             )
             for worker in self.prefill_workers(module)
@@ -443,6 +451,7 @@ class WorkerPool:
         self,
         module: str,
         chains: Sequence[Sequence[int]],
+        prompts: Sequence[bytes] = (),
         *,
         among: Collection[Worker] | None = None,
         session_counts: Mapping[str, int] = MappingProxyType({}),
@@ -450,7 +459,10 @@ class WorkerPool:
         """Likewise the ready workers of a decode module."""
         return [
             DecodeSnapshot(
-                worker.url, len(worker.legs), self._matched_tokens(worker, chains), session_counts.get(worker.url, 0)
+                worker.url,
+                len(worker.legs),
+                self._matched_tokens(worker, chains, prompts),
+                session_counts.get(worker.url, 0),
             )
             for worker in self.decode.get(module, ())
             if worker.is_ready_for(module) and (among is None or worker in among)
@@ -469,8 +481,13 @@ class WorkerPool:
             max_prompt_bytes=_least([_largest([info.max_prompt_bytes for info in side]) for side in infos]),
         )
 
-    def _matched_tokens(self, worker: Worker, chains: Sequence[Sequence[int]]) -> int:
-        return sum(self._index.match(worker.url, chain) for chain in chains) * self._block_tokens
+    def _matched_tokens(self, worker: Worker, chains: Sequence[Sequence[int]], prompts: Sequence[bytes]) -> int:
+        """What it holds, where it says that; and what is being computed there, as a guess has that, too."""
+        known = self.blocks.current(worker.url)
+        if known is None:
+            return sum(self._index.match(worker.url, chain) for chain in chains) * self._block_tokens
+        under_way = sum(map(worker.holdings.held_blocks, chains)) * self._block_tokens
+        return max(known.expected_tokens(prompts), under_way)
 
     def missing(self, modules: Sequence[str] | None = None) -> list[str]:
         """What keeps requests for `modules` (default: all) from being served, in words; empty if nothing."""
@@ -525,6 +542,7 @@ class WorkerPool:
         if worker.was_seen and (worker.lost is not None or _has_restarted(worker.info, info)):
             # It restarted, or its weights changed: whatever KV it held is gone.
             self._index.drop(worker.url)
+            self.blocks.drop(worker.url)
             if _has_restarted(worker.info, info) or worker.misses >= self._config.poll_misses_until_down:
                 worker.breaker.reset()
         is_known = worker.was_seen and worker.lost is None and (info, problem) == (worker.info, worker.problem)

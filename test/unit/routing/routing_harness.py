@@ -16,6 +16,7 @@ import uvloop
 from aiohttp import web
 
 from sglang_prefillshare.protocol import (
+    BLOCKS_HEADER,
     BOUNDARY_RULE,
     CACHED_TOKENS_HEADER,
     CROSS_MODEL_HEADER,
@@ -118,6 +119,7 @@ class FakeWorker:
     adapter_calls: list[dict[str, Any]] = field(default_factory=list)
     dropped: int = 0
     counts: tuple[int, int, int] = (40, 32, 16)
+    told: str | None = None
     active: int = 0
     most_active: int = 0
     flushed: list[str] = field(default_factory=list)
@@ -327,6 +329,8 @@ class FakeWorker:
         if self.info.role is Role.PREFILL:
             names = (PROMPT_TOKENS_HEADER, CACHED_TOKENS_HEADER, CROSS_MODEL_HEADER)
             headers = {name: str(count) for name, count in zip(names, self.counts, strict=True)}
+            if self.told is not None:
+                headers[BLOCKS_HEADER] = self.told
             return web.Response(body=b'{"ignored": true}', headers=headers)
         if not body.get("stream"):
             return web.Response(body=WHOLE, headers={"content-type": "application/json", "x-worker": "yes"})

@@ -18,14 +18,16 @@ from sglang_prefillshare.host.http.modules import ModuleMiddleware
 from sglang_prefillshare.host.http.requests import check_lists, limits_of
 from sglang_prefillshare.host.http.samples import answer_prompt_first, sample_count
 from sglang_prefillshare.host.http.tree import SilentSchedulerError, TreeDescriptions, parse_limit
-from sglang_prefillshare.host.roles.prefill import REPORT_KEY
+from sglang_prefillshare.host.roles.prefill import BLOCK_KEY, REPORT_KEY
 from sglang_prefillshare.host.roles.role import SchedulerRole, role_of
 from sglang_prefillshare.host.room import find_room, offer_room
 from sglang_prefillshare.protocol import (
     ADAPTER_HEADER,
+    BLOCKS_HEADER,
     BOUNDARY_RULE,
     CACHED_TOKENS_HEADER,
     CROSS_MODEL_HEADER,
+    MAX_BLOCKS_TOLD,
     MODULE_HEADER,
     PROMPT_TOKENS_HEADER,
     RID_HEADER,
@@ -75,6 +77,7 @@ class _Leg:
     module: str | None
     adapter: str | None
     counts: dict[str, int] = field(default_factory=dict)
+    blocks: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, headers: Iterable[tuple[bytes, bytes]]) -> _Leg:
@@ -193,6 +196,7 @@ def _describe(tokenizer_manager: Any, scheduler: dict[str, Any]) -> WorkerInfo:
         max_prompt_bytes=limits.max_prompt_bytes,
         handoff_failure=scheduler["handoff_failure"],
         modules=sorted(tokenizer_manager.lora_ref_cache) if settings.adapters else None,
+        events=settings.events,
         **scheduler["pool_place"],
     )
 
@@ -243,6 +247,8 @@ class LegMiddleware:
         async def send_with_counts(message: dict[str, Any]) -> None:
             if message["type"] == "http.response.start" and counts:
                 headers = [(name.encode(), str(value).encode()) for name, value in counts.items()]
+                if 0 < len(leg.blocks) <= MAX_BLOCKS_TOLD:
+                    headers.append((BLOCKS_HEADER.encode(), ",".join(leg.blocks).encode()))
                 message = {**message, "headers": [*message.get("headers", []), *headers]}
             await send(message)
 
@@ -346,3 +352,6 @@ def _count(answer: Any, *, answers_per_prompt: int) -> None:
             (CROSS_MODEL_HEADER, cross_model),
         ):
             counts[name] = counts.get(name, 0) + int(value)
+        if BLOCK_KEY in meta:
+            block = next((value for value in meta[BLOCK_KEY] or () if value is not None), "")
+            leg.blocks.append(f"{meta['prompt_tokens']}:{block}")
