@@ -83,3 +83,32 @@ def test_token_ids_are_predicted_exactly_over_evictions(publishing: Deployment) 
     found = asyncio.run(predictions(publishing, send))
     assert [expected for expected, _ in found] == [cached for _, cached in found]
     assert sum(cached for _, cached in found) > 5000
+
+
+def test_a_chat_that_goes_on_finds_what_is_predicted(publishing: Deployment) -> None:
+    """Two sessions in turn; what the module answered and what the tools say are appended, as text."""
+
+    async def send(client: aiohttp.ClientSession) -> int:
+        messages = {
+            name: [{"role": "user", "content": f"{name}: {'a tale of two prompts, ' * 12}"}] for name in ("one", "two")
+        }
+        for turn in range(5):
+            for name, said in messages.items():
+                body = {"model": "coder", "messages": said, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+                answer = await post(
+                    client, f"{publishing.router_url}/v1/chat/completions", body, **{"X-SMG-Routing-Key": name}
+                )
+                assert answer.status == 200, answer
+                content = answer.body["choices"][0]["message"]["content"]
+                said += [
+                    {"role": "assistant", "content": content},
+                    {"role": "user", "content": f"and then, in turn {turn}? {'x' * turn}"},
+                ]
+                await settled(client, publishing)
+        return 10
+
+    found = asyncio.run(predictions(publishing, send))
+    # Of text that goes on elsewhere, as the second session's does after the template's head, tokens are estimated.
+    assert abs(found[1][0] - found[1][1]) <= 16
+    assert [expected for expected, _ in found[2:]] == [cached for _, cached in found[2:]]
+    assert sum(cached for _, cached in found) > 1000

@@ -49,7 +49,7 @@ class Up:
     def write(self, *modules: str) -> None:
         """The topology with these decode modules."""
         described = {
-            "base": {"model": str(self._models.base)},
+            "base": {"model": str(self._models.base), "args": {"kv-events-config": "auto"}},
             "decode": [{"name": name, "model": str(getattr(self._models, name))} for name in modules],
             "args": dict(WORKER_ARGS),
         }
@@ -96,9 +96,28 @@ def answer(up: Up, module: str) -> list[int]:
     async def run() -> list[int]:
         async with session() as client:
             url = f"{up.describe()['router_url']}/generate"
-            return (await post(client, url, greedy(PROMPT, NEW_TOKENS, model=module))).token_ids
+            tokens = (await post(client, url, greedy(PROMPT, NEW_TOKENS, model=module))).token_ids
+            await asyncio.sleep(0.3)  # what the base publishes of it comes
+            return tokens
 
     return asyncio.run(run())
+
+
+def ask_router(up: Up, path: str) -> Any:
+    async def run() -> Any:
+        async with session() as client, client.get(f"{up.describe()['router_url']}{path}") as response:
+            return await response.json()
+
+    return asyncio.run(run())
+
+
+def calls(up: Up) -> list[dict[str, Any]]:
+    return list(ask_router(up, "/calls")["calls"])
+
+
+def events_of_base(up: Up) -> dict[str, Any]:
+    (events,) = (w["events"] for w in ask_router(up, "/workers")["workers"] if w["role"] == "prefill")
+    return dict(events)
 
 
 def health(up: Up) -> str:
@@ -139,7 +158,13 @@ def test_a_killed_worker_comes_back_and_answers_as_before(up: Up, name: str, vic
     up.wait_for(lambda: up.pid(name) != pids[name] and health(up) == "")
     print(f"{name}: death told after {told_s:.1f} s, whole after {time.monotonic() - killed_at:.1f} s")
 
+    if name == "base":
+        up.wait_for(lambda: events_of_base(up)["is_current"], timeout_s=10.0)
+        assert events_of_base(up)["blocks"] < 100, "the blocks of the process that died"
     assert {module: answer(up, module) for module in ("coder", "twin")} == before
+    if name == "base":
+        predicted = [(call["matched_by"], call["matched_tokens"], call["cached_tokens"]) for call in calls(up)[-2:]]
+        assert predicted == [("events", 0, 0), ("events", len(PROMPT) - 2, len(PROMPT) - 2)]
     assert {worker: up.pid(worker) for worker in pids if worker != name} == {
         worker: pid for worker, pid in pids.items() if worker != name
     }

@@ -17,46 +17,52 @@ from sglang.srt.plugins import load_plugins
 load_plugins()
 
 import torch  # noqa: E402
+from sglang.srt.disaggregation.kv_events import BlockStored  # noqa: E402
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams  # noqa: E402
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams  # noqa: E402
+from sglang.srt.mem_cache.events import KvEventLoraNames  # noqa: E402
 from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType  # noqa: E402
 from sglang.srt.mem_cache.unified_cache.tree_core_registry import create_tree_core  # noqa: E402
 
 from sglang_prefillshare.host.http import tree as http  # noqa: E402
 from sglang_prefillshare.host.roles import tree as hooks  # noqa: E402
-from sglang_prefillshare.protocol import Role  # noqa: E402
+from sglang_prefillshare.protocol import EventStream, Role  # noqa: E402
 from sglang_prefillshare.tree import readable  # noqa: E402
 
 
 class Cache:
     """SGLang's tree, as far as a checkpoint and an eviction go; the hooks are told as they are in a scheduler."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, page_size: int = 1, has_events: bool = False) -> None:
         params = CacheInitParams(
             disable=False,
             req_to_token_pool=None,
             token_to_kv_pool_allocator=None,
-            page_size=1,
+            page_size=page_size,
             tree_components=(ComponentType.FULL,),
+            enable_kv_cache_events=has_events,
+            dynamo_kv_event_format=True,
+            kv_event_lora_names=KvEventLoraNames(),
         )
         self.tree_core = create_tree_core("rust", params, {})
         self.slots = 1
 
     def checkpoint(self, tokens: list[int], module: str, namespace: str = "ours") -> None:
         """A request's, from its match to its end."""
-        key = RadixKey(array("q", tokens), extra_key=namespace)
+        key = RadixKey(array("q", tokens), extra_key=namespace).page_aligned(self.tree_core.page_size)
         found, _, _ = self.tree_core.match_full_device_prefix(key)
-        values = torch.arange(self.slots, self.slots + len(tokens))
-        self.slots += len(tokens)
+        values = torch.arange(self.slots, self.slots + len(key))
+        self.slots += len(key)
         step = self.tree_core.begin_insert(InsertParams(key=key, value=values, prev_prefix_len=found))
         while step.result is None:
             step = self.tree_core.resume_insert()
         self.tree_core.end_insert()
-        req = SimpleNamespace(
+        self.last = req = SimpleNamespace(
             extra_key=namespace,
             last_node=step.result.last_device_node,
             full_untruncated_fill_ids=array("q", tokens),
+            origin_input_ids=array("q", tokens),
             cached_tokens=found,
             routing_key=module,
         )
@@ -70,7 +76,7 @@ class Cache:
 @pytest.fixture
 def cache(monkeypatch: pytest.MonkeyPatch) -> Cache:
     made = Cache()
-    role = SimpleNamespace(namespace="ours", settings=SimpleNamespace(role=Role.PREFILL, adapters=False))
+    role = SimpleNamespace(namespace="ours", settings=SimpleNamespace(role=Role.PREFILL, adapters=False, events=None))
     monkeypatch.setattr(hooks, "role_of", lambda _scheduler: role)
     setattr(made, hooks._ATTRIBUTE, hooks._Tree(SimpleNamespace(tree_cache=made, page_size=1)))
     return made
@@ -179,3 +185,38 @@ def test_a_limit_that_is_none_is_refused(text: str) -> None:
 
 def test_a_limit_is_a_number_of_nodes() -> None:
     assert [http.parse_limit(text) for text in (None, "1", "5000")] == [500, 1, 5000]
+
+
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_blocks_are_called_what_sglangs_events_call_them(page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every request, over splits and after a flush: the block whose tokens, with all before it, are the prompt's."""
+    made = Cache(page_size=page_size, has_events=True)
+    settings = SimpleNamespace(role=Role.PREFILL, adapters=False, events=EventStream(port=1, replay_port=2))
+    monkeypatch.setattr(hooks, "role_of", lambda _scheduler: SimpleNamespace(namespace="ours", settings=settings))
+    tree = hooks._Tree(SimpleNamespace(tree_cache=made, page_size=page_size))
+    setattr(made, hooks._ATTRIBUTE, tree)
+    draw, names = random.Random(3), {}
+    for turn in range(300):
+        if turn % 50 == 49:
+            made.tree_core.reset()
+            hooks.reset(None, made)
+        tokens = [draw.randrange(3) for _ in range(draw.randint(1, 30))]
+        made.checkpoint(tokens, "planner")
+        for event in made.tree_core.take_events():
+            if isinstance(event, BlockStored):
+                ids = names.get(event.parent_block_hash, ())
+                for place, block in enumerate(event.block_hashes):
+                    start = page_size * place
+                    ids = (*ids, *event.token_ids[start : start + page_size])
+                    names[block] = ids
+        whole = tuple(tokens[: len(tokens) // page_size * page_size])
+        block = hooks.last_block(made, made.last)
+        assert (block is None) == (not whole)
+        if block is not None:
+            assert names[block] == whole
+        other = SimpleNamespace(last_node=made.last.last_node, origin_input_ids=array("q", [*tokens, *[1] * page_size]))
+        assert hooks.last_block(made, other) is None, "its own last block is not there"
+    assert tree.blocks is not None and 0 < len(tree.blocks) < 3000
+    for node in list(tree.blocks._ends):
+        hooks.evict_device_leaf(made, node, None)
+    assert len(tree.blocks) == 0

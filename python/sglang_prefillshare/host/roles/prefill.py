@@ -17,7 +17,7 @@ from sglang_prefillshare.host.roles.role import (
     is_fake_transfer,
     role_of,
 )
-from sglang_prefillshare.host.roles.tree import attach_tree
+from sglang_prefillshare.host.roles.tree import attach_tree, last_block
 from sglang_prefillshare.host.transfer import metrics as handoff_metrics
 
 REPORT_KEY = "prefill_share"
@@ -115,20 +115,4 @@ def set_buf(_result: None, self: Any, req: Any) -> None:
     self.bootstrap_room[index, 0] = (req.bootstrap_room or 0) ^ ROOM_MASK
     req.customized_info = {REPORT_KEY: [cross_model]}
     if role_of(scheduler).settings.events is not None:
-        req.customized_info[BLOCK_KEY] = [last_block_hash(scheduler.tree_cache, req)]
-
-
-def last_block_hash(tree_cache: Any, req: Any) -> int | None:
-    """What the worker's events call the last complete block of a request that was put into the tree; None where it has
-    no complete block there."""
-    from sglang.srt.disaggregation.kv_events import kv_event_namespace_seed, namespaced_block_hash
-    from sglang.srt.mem_cache.utils import hash_str_to_int64
-
-    page = tree_cache.page_size
-    if not isinstance(req.last_node, int) or req.kv.cache_protected_len != len(req.origin_input_ids) // page * page:
-        return None
-    chained = tree_cache.get_last_hash_value(req.last_node)
-    if not chained:
-        return None
-    seed = kv_event_namespace_seed(extra_key=req.extra_key, cache_salt=req.cache_salt)
-    return int(namespaced_block_hash(hash_str_to_int64(chained), namespace_seed=seed))
+        req.customized_info[BLOCK_KEY] = [last_block(scheduler.tree_cache, req)]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
+from sglang_prefillshare.host.roles.blocks import BlockNames
 from sglang_prefillshare.host.roles.role import role_of
 from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.tree import Path, TreeMirror
@@ -35,6 +36,9 @@ class _Tree:
         self._role = role_of(scheduler).settings.role
         self._has_adapters = role_of(scheduler).settings.adapters
         self.mirror = TreeMirror(self._path_to, page_size=scheduler.page_size)
+        self.blocks: BlockNames | None = None
+        if role_of(scheduler).settings.events is not None:
+            self.blocks = BlockNames(self._path_to, page_size=scheduler.page_size, namespace=self._namespace)
         self.failure: str | None = None
 
     def observe(self, req: Any) -> None:
@@ -44,6 +48,16 @@ class _Tree:
         tokens = req.full_untruncated_fill_ids
         found = getattr(req, HELD, 0) if self._role is Role.DECODE else req.cached_tokens
         self.mirror.observe(path, tokens, module=self._module_of(req), found=found, now_s=time.monotonic())
+
+    def forget(self, node_id: int) -> None:
+        self.mirror.forget(node_id)
+        if self.blocks is not None:
+            self.blocks.forget(node_id)
+
+    def clear(self) -> None:
+        self.mirror.clear()
+        if self.blocks is not None:
+            self.blocks.clear()
 
     def describe(self, limit: int) -> dict[str, Any]:
         started = time.perf_counter()
@@ -73,7 +87,7 @@ class _Tree:
         except Exception as error:
             logger.exception("the picture of the radix tree is not kept any more")
             self.failure = f"it is not kept any more: {error!r}"
-            self.mirror.clear()
+            self.clear()
 
     def _path_to(self, node_id: int) -> Path:
         try:
@@ -122,6 +136,16 @@ def attach_tree(scheduler: Any) -> None:
         setattr(scheduler.tree_cache, _ATTRIBUTE, _Tree(scheduler))
 
 
+def last_block(tree_cache: Any, req: Any) -> int | None:
+    """What the worker's events call the last whole block of a request that is in the tree; None where it has none
+    there, or where nobody is told of events."""
+    tree = getattr(tree_cache, _ATTRIBUTE, None)
+    found: list[int | None] = []
+    if tree is not None and tree.blocks is not None and isinstance(req.last_node, int):
+        tree.guarded(lambda: found.append(tree.blocks.last(req.last_node, req.origin_input_ids)))
+    return found[0] if found else None
+
+
 def checkpoint(_result: None, self: Any, req: Any, *, up_to: int, **kwargs: Any) -> None:
     """A request was put into the tree."""
     if (tree := getattr(self, _ATTRIBUTE, None)) is not None:
@@ -130,12 +154,12 @@ def checkpoint(_result: None, self: Any, req: Any, *, up_to: int, **kwargs: Any)
 
 def evict_device_leaf(self: Any, node_id: int, tracker: Any) -> None:
     if (tree := getattr(self, _ATTRIBUTE, None)) is not None:
-        tree.guarded(tree.mirror.forget, node_id)
+        tree.guarded(tree.forget, node_id)
 
 
 def reset(_result: None, self: Any) -> None:
     if (tree := getattr(self, _ATTRIBUTE, None)) is not None:
-        tree.mirror.clear()
+        tree.clear()
 
 
 def handle_dumper_control(original: Callable[..., None], self: Any, recv_req: Any) -> None:
