@@ -120,6 +120,8 @@ def server_fields(counters: Counters, loads: Loads) -> Row:
     row |= {
         "transfer_failures": round(_total(counters, "transfer_failures")),
         "router_overhead_ms": None,
+        "prefix_predicted": None,
+        "prefix_prediction_error": None,
         "peak_kv_tokens": dict(sorted(loads.peak_tokens.items())),
         "peak_kv_usage": {name: round(value, 4) for name, value in sorted(loads.peak_usage.items())},
         "load_polls": loads.polls,
@@ -129,6 +131,9 @@ def server_fields(counters: Counters, loads: Loads) -> Row:
     }
     if counters.router.get("router_calls"):
         row["router_overhead_ms"] = 1000 * counters.router["router_overhead_s"] / counters.router["router_calls"]
+    if found := counters.router.get("found_tokens"):
+        row["prefix_predicted"] = round(counters.router["predicted_tokens"] / found, 4)
+        row["prefix_prediction_error"] = round(counters.router["prediction_error_tokens"] / found, 4)
     return row
 
 

@@ -52,6 +52,9 @@ _ROUTER_SAMPLES: Final[Mapping[str, tuple[str, Mapping[str, str]]]] = {
     "cached_tokens": ("prefillshare_router_cached_tokens_total", {}),
     "cross_model_cached_tokens": ("prefillshare_router_cross_model_cached_tokens_total", {}),
     "router_overhead_s": ("prefillshare_router_overhead_seconds_sum", {}),
+    "predicted_tokens": ("prefillshare_router_predicted_tokens_total", {}),
+    "found_tokens": ("prefillshare_router_found_tokens_total", {}),
+    "prediction_error_tokens": ("prefillshare_router_prediction_error_tokens_total", {}),
     "router_calls": ("prefillshare_router_overhead_seconds_count", {}),
 }
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sglang_prefillshare.workloads.client import Answer
 from sglang_prefillshare.workloads.driver import CallSample, PointSamples, SessionSample
-from sglang_prefillshare.workloads.report import percentile, point_row, summarise
+from sglang_prefillshare.workloads.report import percentile, point_row, server_fields, summarise
 from sglang_prefillshare.workloads.session import Session, Step
 from sglang_prefillshare.workloads.watch import Counters, Loads
 
@@ -92,6 +92,13 @@ def test_the_recompute_factor_is_of_what_one_cache_would_compute():
     whole.is_cut = False
     row = point_row(whole, counters(prompt_tokens=25, cached_tokens=12, cross_model_cached_tokens=9), Loads())
     assert row["recompute_factor"] == 13 / 15
+
+
+def test_what_the_router_predicted_is_held_against_what_was_found():
+    told = counters(predicted_tokens=90, found_tokens=100, prediction_error_tokens=30)
+    row = server_fields(told, Loads())
+    assert (row["prefix_predicted"], row["prefix_prediction_error"]) == (0.9, 0.3)
+    assert server_fields(counters(), Loads())["prefix_predicted"] is None
 
 
 def test_without_a_router_the_answers_say_what_was_found():
