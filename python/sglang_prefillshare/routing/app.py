@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
+from http import HTTPStatus
 from typing import Any, Final
 
 import aiohttp
@@ -374,6 +375,9 @@ class Router:
         answers = await self._ask_all(workers, "POST", "/flush_cache", request)
         for worker in concerned:
             self.index.drop(worker.url)
+        for worker, (status, _) in zip(workers, answers, strict=True):
+            if status == HTTPStatus.OK:
+                self.pool.blocks.flushed(worker.url)
         self.dispatcher.forget_sessions({worker.url for worker in concerned})
         failed = [
             {"url": worker.url, "status": status, "message": answer}

@@ -408,6 +408,11 @@ class BlockIndex:
         if (found := self._follows.get(worker)) is not None:
             found.forget()
 
+    def flushed(self, worker: str) -> None:
+        """A worker said that its tree is empty, a moment before its events do."""
+        if (found := self._follows.get(worker)) is not None:
+            found.held.clear()
+
     def leave(self, worker: str) -> None:
         """A worker is followed no more."""
         self._follows.pop(worker, None)

@@ -253,6 +253,11 @@ def test_a_router_predicts_by_its_workers_events_and_counts_how_well():
 
                 system.prefill[0].told = "not, this"
                 assert (await predicted())[0] == 16, "a header that cannot be read costs nothing"
+                assert (await system.post("/flush_cache", b"")).status == 200
+                assert len(known.held) == 0 and known.is_current, "before its events say so"
+                await publisher.publish(CLEARED, stored(None, 1, size=16))
+                await until(lambda: 1 in known.held)
+                assert await predicted() == (16, "events")
                 await system.prefill[0].stop()
                 await until(lambda: not system.router.pool[source].is_ready)
                 publisher.is_mute = True
