@@ -182,4 +182,6 @@ class WorkerInfo:
             raise WorkerError(f"{source} has the modules {modules!r}, wanted a list of names, or null.")
         if not isinstance(values["model"], str):
             raise WorkerError(f"{source} has the model {values['model']!r}, wanted a name.")
+        if type(values["page_size"]) is not int or values["page_size"] < 1:
+            raise WorkerError(f"{source} has pages of {values['page_size']!r} tokens, wanted one or more.")
         return cls(**values)

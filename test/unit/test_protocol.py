@@ -41,6 +41,12 @@ def test_what_is_no_room_is_refused(room):
         WorkerInfo.from_json(INFO.to_json() | {"room": room}, source="w")
 
 
+@pytest.mark.parametrize("page_size", [0, -1, "16", None, True])
+def test_what_is_no_page_size_is_refused(page_size):
+    with pytest.raises(WorkerError, match="w has pages of"):
+        WorkerInfo.from_json(INFO.to_json() | {"page_size": page_size}, source="w")
+
+
 def test_an_event_stream_comes_back_as_it_went():
     told = dataclasses.replace(INFO, events=EventStream(port=5557, replay_port=5558, topic="t"))
     read = WorkerInfo.from_json(told.to_json(), source="w")

@@ -23,6 +23,8 @@ Space = tuple[str, int]
 """Base and tokens per block: within it a hash means the same everywhere."""
 
 _MAX_AWAITED: Final = 256
+_NODE_BYTES: Final = 256
+"""What a prompt takes beside its bytes: many short ones are no way to fill the memory."""
 _INT64: Final = range(-(2**63), 2**63)
 
 
@@ -84,6 +86,19 @@ class Chain:
             chain = chain.before
         return None if chain is None else chain.blocks[index - chain.start]
 
+    def head(self, count: int) -> Chain | None:
+        """The first `count` blocks; None where there is none, or where they are unknown. They are a chain of their own
+        from then on, which this one goes on from: who keeps them keeps nothing else of it."""
+        chain: Chain | None = self
+        while chain is not None and count <= chain.start:
+            chain = chain.before
+        if chain is None or count >= len(chain):
+            return chain
+        kept = count - chain.start
+        found = Chain(chain.before, chain.start, chain.blocks[:kept])
+        chain.before, chain.start, chain.blocks = found, count, chain.blocks[kept:]
+        return found
+
     def held_count(self, held: HeldBlocks, limit: int) -> int:
         """How many of the first `limit` blocks are held."""
         end = min(limit, len(self))
@@ -120,11 +135,12 @@ def chain_to(end: int, count: int, held: HeldBlocks, like: Chain | None) -> Chai
         if current is None:
             return None
         if like is not None and index < len(like) and like[index] == current:
-            if not found and len(like) == count:
-                return like
-            return Chain(like, index + 1, array("q", reversed(found)))
+            head = like.head(index + 1)
+            return Chain(head, index + 1, array("q", reversed(found))) if found else head
         if current not in held:  # stored before the router listened
             return Chain(None, index + 1, array("q", reversed(found)))
+        if len(found) == len(held):  # a circle
+            return None
         found.append(current)
         current = held.parent(current)
         index -= 1
@@ -164,7 +180,8 @@ _UNLIKE: Final = _Likeness((), 0)
 
 
 class PromptTree:
-    """Earlier prompts of a space by their bytes, least recently used forgotten first: `capacity_bytes` of them."""
+    """Earlier prompts of a space by their bytes, least recently used forgotten first: `capacity_bytes` of them, each with
+    `_NODE_BYTES` more. Their blocks take up to 8 bytes for each token beside that."""
 
     def __init__(self, *, block_tokens: int, capacity_bytes: int) -> None:
         self._block_tokens = block_tokens
@@ -210,7 +227,7 @@ class PromptTree:
 
     def learn(self, prompt: bytes, tokens: int, chain: Chain) -> None:
         """A prompt of `tokens` tokens has these blocks."""
-        if not prompt or len(prompt) > self._capacity_bytes:
+        if not prompt or len(prompt) + _NODE_BYTES > self._capacity_bytes:
             return
         self._last = None
         node, child, common = self._descend(prompt)
@@ -219,10 +236,11 @@ class PromptTree:
         if node.end < len(prompt):
             leaf = _Node(node, prompt[node.end :], len(prompt), tokens, chain, {})
             node.children[leaf.edge[0]] = leaf
-            self._bytes += len(leaf.edge)
+            self._bytes += len(leaf.edge) + _NODE_BYTES
             self._leaves.pop(id(node), None)
             node = leaf
-        node.tokens, node.chain = tokens, chain
+        node.tokens = tokens
+        _exchange(node.chain, chain, node)
         if not node.children:
             self._leaves[id(node)] = node
             self._leaves.move_to_end(id(node))
@@ -251,6 +269,7 @@ class PromptTree:
         parent.children[middle.edge[0]] = middle
         child.parent, child.edge = middle, child.edge[offset:]
         middle.children[child.edge[0]] = child
+        self._bytes += _NODE_BYTES
         return middle
 
     def _forget_oldest(self) -> None:
@@ -259,10 +278,20 @@ class PromptTree:
         assert parent is not None
         del parent.children[leaf.edge[0]]
         leaf.parent = None
-        self._bytes -= len(leaf.edge)
+        self._bytes -= len(leaf.edge) + _NODE_BYTES
+        other = next(iter(parent.children.values()), None)
+        kept = other.chain if other is not None else leaf.chain and leaf.chain.head(int(parent.tokens) // self._block_tokens)
+        _exchange(leaf.chain, kept, parent)
         if not parent.children and parent is not self._root:  # as old as what went on from it
             self._leaves[id(parent)] = parent
             self._leaves.move_to_end(id(parent), last=False)
+
+
+def _exchange(chain: Chain | None, other: Chain | None, node: _Node | None) -> None:
+    """From `node` upwards, where `chain` is the example of what goes on from there."""
+    while node is not None and node.chain is chain:
+        node.chain = other
+        node = node.parent
 
 
 def _common_bytes(edge: bytes, prompt: bytes, start: int) -> int:

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
-from typing import Final
+from typing import Annotated, Final
 from urllib.parse import urlsplit
 
 import msgspec
@@ -38,15 +38,18 @@ class StreamError(Exception):
     """A stream that cannot be used; the message says why."""
 
 
+_Hash = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
 class _Stored(msgspec.Struct, tag="BlockStored"):
-    block_hashes: list[int]
-    parent_block_hash: int | None
+    block_hashes: list[_Hash]
+    parent_block_hash: _Hash | None
     block_size: int
     medium: str | None = None
 
 
 class _Removed(msgspec.Struct, tag="BlockRemoved"):
-    block_hashes: list[int]
+    block_hashes: list[_Hash]
     medium: str | None = None
 
 

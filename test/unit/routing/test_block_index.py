@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from sglang_prefillshare.routing.block_index import (
+    _NODE_BYTES,
     BlockIndex,
     BoundExceededError,
     Chain,
@@ -18,6 +19,7 @@ from sglang_prefillshare.routing.block_index import (
     HeldBlocks,
     PromptTree,
     Told,
+    chain_to,
     parse_told,
 )
 
@@ -69,7 +71,7 @@ class Index(RuleBasedStateMachine):
     @initialize(page=st.sampled_from([1, 2, 3]))
     def begin(self, page: int) -> None:
         self.page = page
-        self.index = BlockIndex(capacity_bytes=10_000, capacity_blocks=10_000)
+        self.index = BlockIndex(capacity_bytes=1_000_000, capacity_blocks=10_000)
         self.trees = {url: PlainTree(page) for url in WORKERS}
         self.follows: dict[str, Follow] = {}
         self.asked: set[tuple[int, ...]] = set()
@@ -142,7 +144,7 @@ def chained(index: BlockIndex, prompt: bytes, tokens: int, *, url: str = "http:/
 
 
 def test_of_a_text_that_goes_on_elsewhere_tokens_count_in_proportion():
-    index = BlockIndex(capacity_bytes=1000, capacity_blocks=1000)
+    index = BlockIndex(capacity_bytes=2000, capacity_blocks=1000)
     follow = chained(index, b"x" * 100, 19)  # 20 tokens of five bytes
     assert follow.expected_tokens([b"x" * 50 + b"y" * 50]) == 10
     assert follow.expected_tokens([b"x" * 100 + b"y" * 50]) == 19
@@ -152,7 +154,7 @@ def test_of_a_text_that_goes_on_elsewhere_tokens_count_in_proportion():
 
 def test_a_part_of_a_prompt_whose_first_blocks_were_stored_before_anybody_listened():
     """Who holds a block holds all before it, whether or not their hashes are known."""
-    index = BlockIndex(capacity_bytes=1000, capacity_blocks=1000)
+    index = BlockIndex(capacity_bytes=2000, capacity_blocks=1000)
     follow = index.follow("http://p0", ("base", 1))
     follow.held.store(10, range(11, 21))  # the events of 1 to 10 were missed
     follow.computed([ids_bytes(tuple(range(21)))], [Told(20, 20)], now_s=0.0)
@@ -165,23 +167,23 @@ def test_a_part_of_a_prompt_whose_first_blocks_were_stored_before_anybody_listen
 
 def test_parents_that_contradict_what_was_told_teach_nothing():
     for tokens in (3, 9):  # the chain of block 5 has five blocks
-        index = BlockIndex(capacity_bytes=1000, capacity_blocks=1000)
+        index = BlockIndex(capacity_bytes=2000, capacity_blocks=1000)
         follow = index.follow("http://p0", ("base", 1))
         follow.held.store(None, range(1, 6))
         follow.computed([bytes(40)], [Told(tokens, 5)], now_s=0.0)
         follow.up_to_date()
         assert follow.expected_tokens([bytes(48)]) == 0
-    loop = BlockIndex(capacity_bytes=1000, capacity_blocks=1000).follow("http://p0", ("base", 1))
+    loop = BlockIndex(capacity_bytes=2000, capacity_blocks=1000).follow("http://p0", ("base", 1))
     loop.held.store(2, [1, 2])  # each the other's parent
-    loop.computed([bytes(400)], [Told(90, 2)], now_s=0.0)
+    loop.computed([bytes(400)], [Told(10**30, 2)], now_s=0.0)
 
 
 def test_prompts_are_forgotten_by_use_and_their_common_beginnings_last():
-    index = BlockIndex(capacity_bytes=100, capacity_blocks=100)
+    index = BlockIndex(capacity_bytes=100 + 4 * _NODE_BYTES, capacity_blocks=100)
     follow = index.follow("http://p0", ("base", 1))
     follow.held.store(None, range(1, 11))
     common = b"x" * 40
-    for tail in (b"a", b"b", b"c", b"a"):  # 100 bytes: 40 in common, 20 of their own
+    for tail in (b"a", b"b", b"c", b"a"):  # 100 bytes in four nodes: 40 in common, 20 of their own
         follow.computed([common + tail * 20], [Told(10, 10)], now_s=0.0)
     follow.computed([b"y" * 10], [Told(10, 10)], now_s=0.0)  # over the bound
     follow.up_to_date()
@@ -193,13 +195,46 @@ def test_bounds_hold():
     held = HeldBlocks(capacity=10)
     with pytest.raises(BoundExceededError):
         held.store(None, range(11))
-    tree = PromptTree(block_tokens=1, capacity_bytes=500)
+    tree = PromptTree(block_tokens=1, capacity_bytes=5 * _NODE_BYTES)
     chain = Chain(None, 0, array("q", [1]))
     for seed in range(200):
         tree.learn(bytes((seed * 7 + i) % 251 for i in range(seed)), 5, chain)
-        assert tree.byte_count <= 500
-    tree.learn(bytes(501), 5, chain)
-    assert 0 < tree.byte_count <= 500
+        assert tree.byte_count <= 5 * _NODE_BYTES
+    tree.learn(bytes(4 * _NODE_BYTES + 1), 5, chain)
+    assert 0 < tree.byte_count <= 5 * _NODE_BYTES
+
+
+def kept_blocks(tree: PromptTree) -> int:
+    """Of all that the tree's nodes lead to."""
+    nodes, chains = [tree._root], {}
+    while nodes:
+        node = nodes.pop()
+        nodes += node.children.values()
+        chain = node.chain
+        while chain is not None and id(chain) not in chains:
+            chains[id(chain)] = chain
+            chain = chain.before
+    return sum(len(chain.blocks) for chain in chains.values())
+
+
+def test_of_a_prompt_that_was_forgotten_only_the_blocks_stay_that_others_have():
+    """A long one, then a short one that begins like it, again and again: the short ones do not keep the long ones."""
+    tree = PromptTree(block_tokens=1, capacity_bytes=20 * (2 * _NODE_BYTES + 100))
+    held = HeldBlocks(capacity=1_000_000)
+    for number in range(60):
+        head = struct.pack("<I", number) * 10
+        first, long, short = (number + 1) * 10_000, 5000, 12
+        held.store(None, range(first, first + long))
+        held.store(first + 9, range(first + long, first + long + 2))
+        for prompt, count, last in (
+            (head + b"l" * (long - 10), long, first + long - 1),
+            (head + b"s" * 8, short, first + long + 1),
+        ):
+            chain = chain_to(last, count, held, tree.nearest(prompt))
+            assert chain is not None and [chain[place] for place in (0, 9, count - 1)] == [first, first + 9, last]
+            tree.learn(prompt, count + 1, chain)
+        assert kept_blocks(tree) <= 3 * long
+    assert kept_blocks(tree) > 100
 
 
 @pytest.mark.parametrize("text", ["", "5", "x:5", "5:x", "-1:5", "5:5:5", f"5:{2**63}", "5:5,", "5:" + "9" * 5000])
