@@ -180,8 +180,8 @@ _UNLIKE: Final = _Likeness((), 0)
 
 
 class PromptTree:
-    """Earlier prompts of a space by their bytes, least recently used forgotten first: `capacity_bytes` of them, each with
-    `_NODE_BYTES` more. Their blocks take up to 8 bytes for each token beside that."""
+    """Earlier prompts of a space by their bytes, least recently used forgotten first: `capacity_bytes` of them, each
+    with `_NODE_BYTES` more. Their blocks take up to 8 bytes for each token beside that."""
 
     def __init__(self, *, block_tokens: int, capacity_bytes: int) -> None:
         self._block_tokens = block_tokens
@@ -280,7 +280,11 @@ class PromptTree:
         leaf.parent = None
         self._bytes -= len(leaf.edge) + _NODE_BYTES
         other = next(iter(parent.children.values()), None)
-        kept = other.chain if other is not None else leaf.chain and leaf.chain.head(int(parent.tokens) // self._block_tokens)
+        kept = (
+            other.chain
+            if other is not None
+            else leaf.chain and leaf.chain.head(int(parent.tokens) // self._block_tokens)
+        )
         _exchange(leaf.chain, kept, parent)
         if not parent.children and parent is not self._root:  # as old as what went on from it
             self._leaves[id(parent)] = parent
