@@ -87,13 +87,19 @@ class Legs:
         failed leg, and any bug of ours, which counts more than both."""
         base = attempt.prefill_worker.info
         assert base is not None
-        placed = attempt.placed
+        placed, task = attempt.placed, asyncio.current_task()
+        assert task is not None
+        cancelled_before = task.cancelling()
         try:
             async with asyncio.TaskGroup() as group:
                 watch = group.create_task(_watch_client(attempt, receive))
                 group.create_task(self._prefill_leg(attempt, placed.prefill.worker, placed.prefill_leg, base.model))
                 group.create_task(self._decode_leg(attempt, placed.decode.worker, placed.decode_leg, watch))
         except ExceptionGroup as errors:
+            # Before Python 3.13 a group that fails while it is left does not take back the cancellation that it sent
+            # us, and the deadline of a call that is tried again would be taken for somebody's cancellation.
+            while task.cancelling() > cancelled_before:
+                task.uncancel()
             if not all(isinstance(error, LegError | ClientGoneError) for error in errors.exceptions):
                 raise
             if any(isinstance(error, ClientGoneError) for error in errors.exceptions):

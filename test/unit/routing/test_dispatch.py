@@ -397,6 +397,29 @@ def test_a_leg_that_fails_as_the_deadline_passes_is_not_tried_again():
     run(scenario())
 
 
+@pytest.mark.parametrize("how", ["breaks off", "goes down"])
+def test_the_deadline_of_a_call_that_was_tried_again_is_a_timeout_too(how):
+    """What ended the first pair of legs must not be taken for somebody's cancellation of the second."""
+
+    async def scenario():
+        async with running_system(prefill=2, request_timeout_s=2.0, poll_timeout_s=0.1) as system:
+            decode = system.decode["planner"][0]
+            urls = [worker.url for worker in system.prefill]
+            for worker in (*system.prefill, decode):
+                worker.behave = "hang"
+                if worker.url == home("s", urls):
+                    worker.script = ["die"] if how == "breaks off" else []
+                    worker.info_behave = "hang" if how == "goes down" else "ok"
+            answer = await system.chat(user="s")
+            assert answer.status == 504 and "2 s" in answer.error
+            call = await system.last_call()
+            assert (call["outcome"], call["attempts"]) == ("timeout", 2)
+            await until(lambda: decode.aborted == [seen.body["rid"] for seen in decode.seen])
+            system.assert_idle()
+
+    run(scenario())
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_deadline_after_the_whole_answer_is_no_timeout(stream):
     async def scenario():
