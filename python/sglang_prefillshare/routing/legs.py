@@ -321,7 +321,7 @@ class Legs:
         finally:
             worker.end(leg)
             role = Role.PREFILL if worker is attempt.prefill_worker else Role.DECODE
-            trace.end(attempt.end_of(role), _traced(attempt, role))
+            trace.end(attempt.end_of(role), lambda: _traced(attempt, role))
             if not leg.is_complete:
                 self._metrics.legs_aborted.labels(worker.role, cause).inc()
                 self._aborts.start(worker, attempt.pairing.rids, attempt.job.authorization)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -96,8 +96,8 @@ class _Leg(LegTrace):
         _PROPAGATOR.inject(carrier, context=set_span_in_context(self._span, Context()))
         return [*((name, value) for name, value in headers if name not in _PROPAGATED), *carrier.items()]
 
-    def end(self, end: str, attributes: Attributes) -> None:
-        self._span.set_attributes({"prefillshare.end": end, **attributes})
+    def end(self, end: str, attributes: Callable[[], Attributes]) -> None:
+        self._span.set_attributes({"prefillshare.end": end, **attributes()})
         if end not in _GOOD_LEG_ENDS:
             self._span.set_status(Status(StatusCode.ERROR, end))
         self._span.end()

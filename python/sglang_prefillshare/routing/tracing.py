@@ -5,7 +5,7 @@ The router's code knows these three classes only. `otel.py` has the one tracer t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from sglang_prefillshare.routing.telemetry import CallRecord
 
@@ -20,8 +20,8 @@ class LegTrace:
         """`headers`, with what tells the worker whose part its own work is."""
         return headers
 
-    def end(self, end: str, attributes: Attributes) -> None:
-        """`end` is how it ended (`endings.LegEnd`)."""
+    def end(self, end: str, attributes: Callable[[], Attributes]) -> None:
+        """`end` is how it ended (`endings.LegEnd`). `attributes` is called by who wants them."""
 
 
 class CallTrace:
