@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sglang_prefillshare import __version__
 from sglang_prefillshare.protocol import Role
@@ -485,6 +485,35 @@ class _Generation:
         await self._router.generate(self._endpoint, scope, receive, send)
 
 
+class _Fork:
+    """An ASGI app that has a request generated at once, by path, and leaves all others to `rest`."""
+
+    def __init__(self, generating: Mapping[str, ASGIApp], rest: ASGIApp) -> None:
+        self._generating = generating
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._rest
+        if scope["type"] == "http" and scope["method"] == "POST":
+            app = self._generating.get(scope["path"], app)
+        await app(scope, receive, send)
+
+
+class _App(Starlette):
+    """Starlette's, with a shorter way to the endpoints that generate: its routing and its two layers for errors do
+    nothing for them, and see each piece of an answer. What stands in front of all endpoints does so here, too."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        generating: dict[str, ASGIApp] = {}
+        for route in self.routes:
+            if isinstance(route, Route) and isinstance(route.app, _Generation) and not route.param_convertors:
+                app: ASGIApp = route.app
+                for cls, args, kwargs in reversed(self.user_middleware):
+                    app = cls(app, *args, **kwargs)
+                generating[route.path] = app
+        return _Fork(generating, super().build_middleware_stack())
+
+
 def create_app(config: RouterConfig, *, router: Router | None = None) -> Starlette:
     """The router for `config`, as an ASGI app; its `state.router` is the `Router`."""
     router = router or Router(config)
@@ -516,7 +545,7 @@ def create_app(config: RouterConfig, *, router: Router | None = None) -> Starlet
         async with router.running():
             yield
 
-    app = Starlette(
+    app = _App(
         routes=[
             *routes(""),
             Route("/v1/models/{name:path}", router.model),
