@@ -86,7 +86,9 @@ class Gate:
             if isinstance(placed, Placed):
                 self._pace.note(time.monotonic())
                 return placed
-        self._refuse_if_full(request)
+        too_many = self._too_many(request)
+        if too_many is not None and self._line.has(request.module):
+            raise self._overloaded(request, Refusal.FULL, too_many)
         waiter = _Waiter(request, chains, asyncio.get_running_loop().create_future(), time.monotonic())
         is_new = self._placer.is_new_session(request)
         entry = Entry(waiter, request.module, request.session_key, request.priority, is_new)
@@ -96,6 +98,8 @@ class Gate:
         try:
             self._let_through()
             if not waiter.placed.done():
+                if too_many is not None:
+                    raise self._overloaded(request, Refusal.FULL, too_many)
                 try:
                     await self._wait(waiter, receive)
                 finally:
@@ -194,14 +198,13 @@ class Gate:
             self._pace.note(now_s)
             waiter.placed.set_result(placed)
 
-    def _refuse_if_full(self, request: ClientRequest) -> None:
+    def _too_many(self, request: ClientRequest) -> str | None:
+        """Why one more may not wait, if that is so."""
         if len(self) >= self._config.queue_size:
-            message = f"{len(self)} requests wait already, and no more may (--queue-size)."
-        elif self._line and self._body_bytes + len(request.raw) > self._config.queue_bytes:
-            message = f"The requests that wait already have {self._body_bytes} bytes; with this one they are too many."
-        else:
-            return
-        raise self._overloaded(request, Refusal.FULL, message)
+            return f"{len(self)} requests wait already, and no more may (--queue-size)."
+        if self._line and self._body_bytes + len(request.raw) > self._config.queue_bytes:
+            return f"The requests that wait already have {self._body_bytes} bytes; with this one they are too many."
+        return None
 
     def _overloaded(self, request: ClientRequest, reason: Refusal, message: str) -> OverloadedError:
         self._metrics.refusals.labels(request.module, reason).inc()

@@ -107,6 +107,11 @@ class Line(Generic[T]):
         """By module, with those that had any."""
         return {module: len(lane) for module, lane in self._lanes.items()}
 
+    def has(self, module: str) -> bool:
+        """Whether any of the module wait."""
+        lane = self._lanes.get(module)
+        return lane is not None and len(lane) > 0
+
     def add(self, entry: Entry[T]) -> None:
         self._arrivals += 1
         self._count += 1

@@ -193,6 +193,47 @@ def test_a_full_queue_turns_away_at_once_and_says_when_to_come_again():
     run(scenario())
 
 
+def test_a_queue_that_one_module_fills_does_not_turn_away_another_that_has_room():
+    async def scenario():
+        config = AdmissionConfig(queue_size=1)
+        async with running_system(prepare=with_room(1), admission=config) as system:
+            system.decode["planner"][0].script = ["slow:2"]
+            system.decode["coder"][0].script = ["slow:1"]
+            tasks = await send(system, 2)
+            await waiting(system, 1)
+            other = asyncio.create_task(system.post("/generate", body("coder")))
+            await system.decode["coder"][0].arrived.wait()
+            assert len(system.router.dispatcher.gate) == 1
+            info = system.router.pool[system.decode["coder"][0].url].info
+            assert info is not None and info.room is None, "its workers say nothing: they have room for all"
+            assert (await system.post("/generate", body("coder"))).status == 200
+            assert (await system.post("/generate", body())).status == 429
+            assert [answer.status for answer in await asyncio.gather(other, *tasks)] == [200] * 3
+            system.assert_idle()
+
+    run(scenario())
+
+
+def test_a_full_queue_turns_away_a_module_of_which_none_waits_and_that_has_no_room():
+    async def scenario():
+        def prepare(prefill, decode):
+            with_room(1)(prefill, decode)
+            with_room(1, module="coder")(prefill, decode)
+
+        async with running_system(prepare=prepare, admission=AdmissionConfig(queue_size=1)) as system:
+            system.decode["planner"][0].script = ["slow:2"]
+            system.decode["coder"][0].script = ["slow:2"]
+            tasks = await send(system, 1, model="coder")
+            await system.decode["coder"][0].arrived.wait()
+            tasks += await send(system, 2)
+            await waiting(system, 1)
+            assert (await system.post("/generate", body("coder"))).status == 429
+            assert [answer.status for answer in await asyncio.gather(*tasks)] == [200] * 3
+            system.assert_idle()
+
+    run(scenario())
+
+
 def test_large_bodies_fill_the_queue_too():
     async def scenario():
         config = AdmissionConfig(queue_bytes=3000)
