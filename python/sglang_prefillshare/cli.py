@@ -205,6 +205,13 @@ def _serve_topology(
 @click.option("--no-admission", is_flag=True, help="Send every request at once, whether or not its workers have room.")
 @click.option("--queue-size", type=int, help="Requests that may wait for room; more are answered with 429.")
 @click.option("--queue-timeout", "queue_timeout_s", type=float, help="Seconds a request may wait for room.")
+@click.option(
+    "--session-hold",
+    "session_hold_s",
+    type=float,
+    help="Seconds a session waits while others' contexts fill the pools, before it may take the place of one of them.",
+)
+@click.option("--no-session-hold", is_flag=True, help="Let all sessions begin at once, and push each other's KV out.")
 @click.option("--expected-output-tokens", type=int, help="Room for the answer of a request that sets no limit to it.")
 @click.option("--output-share", type=float, help="Room for an answer, as a share of its limit; at 1 none is retracted.")
 @click.option("--prefill-backlog-tokens", type=int, help="Prompt tokens that a prefill worker has ahead to compute.")
@@ -226,6 +233,7 @@ def route(
     log_level: str,
     log_format: str,
     no_admission: bool,
+    no_session_hold: bool,
     **settings: Any,
 ) -> None:
     """Run the router alone, in front of workers that already run.
@@ -256,10 +264,13 @@ def route(
     admission_keys = (
         "queue_size",
         "queue_timeout_s",
+        "session_hold_s",
         "expected_output_tokens",
         "output_share",
         "prefill_backlog_tokens",
     )
+    if no_session_hold:
+        given["session_hold_s"] = None
     admission = AdmissionConfig(
         is_on=not no_admission, **{key: given.pop(key) for key in admission_keys if key in given}
     )

@@ -85,7 +85,7 @@ def retry_after_s(ahead: int, *, admitted_per_s: float | None, config: Admission
 
 
 class Pace:
-    """How many requests per second are let through of late: an average that forgets half in `half_life_s` seconds."""
+    """How much comes per second of late, such as requests: an average that forgets half in `half_life_s` seconds."""
 
     def __init__(self, *, half_life_s: float = 10.0) -> None:
         self._half_life_s = half_life_s
@@ -93,11 +93,11 @@ class Pace:
         self._span_s = 0.0  # likewise
         self._last_s: float | None = None
 
-    def note(self, now_s: float) -> None:
+    def note(self, now_s: float, count: float = 1.0) -> None:
         if self._last_s is not None:
             elapsed = max(0.0, now_s - self._last_s)
             kept = math.exp2(-elapsed / self._half_life_s)
-            self._count = self._count * kept + 1
+            self._count = self._count * kept + count
             self._span_s = self._span_s * kept + elapsed
         self._last_s = now_s
 

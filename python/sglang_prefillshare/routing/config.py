@@ -60,7 +60,8 @@ class AdmissionConfig:
     At most `queue_size` wait, each for `queue_timeout_s`. On a decode worker there must be room for what a request may
     generate, up to `counted_output_tokens`, as SGLang itself counts; for `expected_output_tokens` if it sets no limit.
     On a prefill worker the prompts that it has yet to compute add up to `prefill_backlog_tokens` and one prompt, at
-    most.
+    most, and a session is held back where the contexts of others fill the pool. After `session_hold_s` it is due to
+    take the place of one that came before it; None holds nobody back.
     """
 
     is_on: bool = True
@@ -78,6 +79,9 @@ class AdmissionConfig:
     """A prefix of so many tokens that is being computed is waited for, if that is shorter than to compute it again."""
     patience_s: float = 2.0
     """How long a request waits for the prefill worker that has its prefix, before any other will do."""
+    session_hold_s: float | None = 30.0
+    session_idle_s: float = 2.0
+    """A session that made no call for so long holds nobody back: agents go on sooner."""
 
     def __post_init__(self) -> None:
         if self.queue_size < 0:
@@ -86,8 +90,10 @@ class AdmissionConfig:
             raise ConfigError(f"queue_timeout_s is {self.queue_timeout_s}, wanted a positive number of seconds.")
         if not 0 < self.output_share <= 1:
             raise ConfigError(f"output_share is {self.output_share}, wanted a number above 0, and 1 at most.")
-        if not 0 <= self.patience_s < float("inf"):
-            raise ConfigError(f"patience_s is {self.patience_s}, wanted 0 or more seconds.")
+        for name in ("patience_s", "session_hold_s", "session_idle_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise ConfigError(f"{name} is {value}, wanted 0 or more seconds.")
         for name in (
             *("queue_bytes", "expected_output_tokens", "counted_output_tokens", "prefill_backlog_tokens"),
             "min_shared_tokens",

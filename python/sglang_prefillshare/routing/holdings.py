@@ -41,6 +41,10 @@ class Holdings:
         missing = sum(len(chain) - self.held_blocks(chain) for chain in hold.chains)
         return missing * self._block_tokens + hold.own_tokens
 
+    def size(self, hold: Hold) -> int:
+        """Tokens of `hold`, whatever is held already."""
+        return sum(map(len, hold.chains)) * self._block_tokens + hold.own_tokens
+
     def has_block(self, block: int) -> bool:
         return block in self._blocks
 

@@ -30,6 +30,7 @@ from sglang_prefillshare.routing.policy import (
 )
 from sglang_prefillshare.routing.prefix_index import BYTES_PER_TOKEN, PrefixIndex
 from sglang_prefillshare.routing.request import ClientRequest
+from sglang_prefillshare.routing.residency import Residency, Stay
 from sglang_prefillshare.routing.sessions import SessionMap
 from sglang_prefillshare.routing.sharing import common_blocks, wait_for_prefix_s
 from sglang_prefillshare.routing.telemetry import Metrics
@@ -66,15 +67,19 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """The two workers of a request, and its legs there, which are counted and hold room until they are released."""
+    """The two workers of a request, and its legs there, which are counted and hold room until they are released; its
+    session's `stay` ends with them."""
 
     prefill: Choice
     decode: Choice
     prefill_leg: Leg
     decode_leg: Leg
+    stay: Stay | None = None
 
     def release(self) -> None:
         """Uncount both legs; doing it again changes nothing."""
+        if self.stay is not None:
+            self.stay.end(time.monotonic())
         self.prefill.worker.end(self.prefill_leg)
         self.decode.worker.end(self.decode_leg)
 
@@ -99,6 +104,7 @@ class Placer:
         self._block_tokens = max(1, config.prefix_block_bytes // BYTES_PER_TOKEN)
         self._sessions: dict[tuple[Role, str | None], SessionMap] = {}
         """Of prefill by base, of decode by module."""
+        self.residency = Residency(block_tokens=self._block_tokens, idle_s=config.admission.session_idle_s)
         self._turns: Counter[Role] = Counter()
         self.is_stopping = False
 
@@ -203,6 +209,59 @@ class Placer:
                 best = leg, wait_s
         return best
 
+    def needs_stay(self, request: ClientRequest, chains: Chains) -> bool:
+        """Whether the request goes on with a context that somebody may want kept."""
+        return (
+            request.session_key is not None and len(chains) == 1 and self._config.admission.session_hold_s is not None
+        )
+
+    def is_resident(self, request: ClientRequest) -> bool:
+        """Whether the context of its session is kept."""
+        assert request.session_key is not None
+        return self.residency.has((self.base_of(request), request.session_key))
+
+    def stay(self, request: ClientRequest, chains: Chains, *, is_due: bool = False) -> Stay | None:
+        """Room for the context of a request that `needs_stay`, on the prefill worker that it would go to, or on
+        another, which is its session's from then on; None where it has to wait for some. One that `is_due` need not.
+        Raises `UnplacedError` where no worker is ready."""
+        assert request.session_key is not None
+        self._raise_if_missing(request.module)
+        usable = self._usable(Role.PREFILL, request.module)
+        choice = self._pick_prefill(request, self._prefill_snapshots(request, chains, usable)).worker
+        now_s = time.monotonic()
+        for worker in sorted(usable, key=lambda worker: worker.url != choice):
+            room = worker.info.room if worker.info is not None else None
+            is_pressed = worker.pressure.is_high(now_s, tokens_per_s=worker.rate.best_tokens_per_s)
+            stay = self.residency.enter(
+                (self.base_of(request), request.session_key),
+                worker.url,
+                self._hold(request, chains, worker),
+                pool_tokens=room.pool_tokens if room is not None and is_pressed else None,
+                now_s=now_s,
+                is_due=is_due,
+                compute_s=worker.rate.seconds_for(request.prompt_tokens),
+            )
+            if stay is not None:
+                if worker.url != choice:
+                    self._sessions_of(Role.PREFILL, request.module).assign(request.session_key, worker.url)
+                return stay
+        return None
+
+    def moved(self, stay: Stay, request: ClientRequest, chains: Chains, placed: Placed) -> Stay:
+        """The request's stay, where it was placed in the end: elsewhere if its worker had no room for too long."""
+        worker = placed.prefill.worker
+        if worker.url == stay.worker:
+            return stay
+        now_s = time.monotonic()
+        stay.end(now_s)
+        assert request.session_key is not None
+        name = (self.base_of(request), request.session_key)
+        other = self.residency.enter(
+            name, worker.url, self._hold(request, chains, worker), pool_tokens=None, now_s=now_s
+        )
+        assert other is not None, "a pool of None has room for all"
+        return other
+
     def adopt(self, session_key: str, module: str, workers: tuple[str, str]) -> None:
         """Let a session that is not known begin on these (prefill, decode) workers."""
         for role, worker in zip((Role.PREFILL, Role.DECODE), workers, strict=True):
@@ -231,8 +290,13 @@ class Placer:
         """Whether no call of its session was placed before; of a request without one, that too."""
         return self._sessions_of(Role.PREFILL, request.module).worker_of(request.session_key) is None
 
+    def base_of(self, request: ClientRequest) -> str | None:
+        """Whose KV its module reads."""
+        return self._pool.base_of(request.module)
+
     def forget_sessions(self, workers: Collection[str]) -> None:
         """Of workers that are gone, or were flushed: a session's next call is placed as if it were its first."""
+        self.residency.forget(set(workers))
         for sessions in self._sessions.values():
             sessions.forget(workers)
         self._sessions = {key: sessions for key, sessions in self._sessions.items() if sessions}
@@ -343,5 +407,6 @@ def _begun(request: ClientRequest, prefill: Choice, decode: Choice, *, holds: Ma
     prefill_leg = Leg(tokens=to_compute, hold=holds[prefill.worker.url])
     decode_leg = Leg(tokens=request.prompt_tokens, hold=holds[decode.worker.url])
     prefill.worker.begin(prefill_leg)
+    prefill.worker.pressure.begins(request.prompt_tokens, prefill_leg.began_s)
     decode.worker.begin(decode_leg)
     return Placed(prefill, decode, prefill_leg, decode_leg)

@@ -12,6 +12,12 @@ from typing import Final
 _MIN_WAIT_S: Final = 0.005
 """Less is not worth a wait: the messages there and back take as long."""
 
+_USUAL_TOKENS_PER_S: Final = 2000.0
+"""Of a worker of which nothing is known yet."""
+
+_BEST_KEPT: Final = 0.99
+"""Of the best rate, with each leg."""
+
 _OVERDUE: Final = 2.0
 """A leg that takes so many times as long as expected is held up by something else."""
 
@@ -25,6 +31,12 @@ class ComputeRate:
         self._weight = weight
         self.tokens_per_s: float | None = None
         """`None` until a leg was long enough."""
+        self.best_tokens_per_s: float | None = None
+        """Of the legs of late, that of which the least was waiting."""
+
+    def seconds_for(self, tokens: int) -> float:
+        """How long it would take to compute so many."""
+        return tokens / (self.best_tokens_per_s or _USUAL_TOKENS_PER_S)
 
     def note(self, tokens: int, elapsed_s: float) -> None:
         """A leg computed `tokens` in `elapsed_s`, its waits included."""
@@ -33,6 +45,7 @@ class ComputeRate:
         found = tokens / elapsed_s
         known = self.tokens_per_s
         self.tokens_per_s = found if known is None else known + self._weight * (found - known)
+        self.best_tokens_per_s = max(found, _BEST_KEPT * (self.best_tokens_per_s or 0.0))
 
 
 def common_blocks(one: Sequence[int], other: Sequence[int]) -> int:

@@ -187,6 +187,9 @@ class Metrics:
             "retries", "Calls tried again: a worker of that role refused the connection, or was lost.", "role"
         )
         self.queued = Family(gauge("queued_requests", "Calls that wait for room.", "model"))
+        self.session_holds = counter(
+            "session_holds", "Calls that waited because other sessions' contexts fill the pools.", "model"
+        )
         self.prefix_waits = counter(
             "prefix_waits", "Calls that waited for a prefix that another one was having computed.", "model"
         )

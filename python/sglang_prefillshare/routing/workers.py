@@ -32,6 +32,7 @@ from sglang_prefillshare.routing.holdings import NOTHING, Hold, Holdings
 from sglang_prefillshare.routing.membership import Member, is_module_name
 from sglang_prefillshare.routing.policy import DecodeSnapshot, PrefillSnapshot
 from sglang_prefillshare.routing.prefix_index import BYTES_PER_TOKEN, PrefixIndex
+from sglang_prefillshare.routing.residency import Pressure
 from sglang_prefillshare.routing.sharing import ComputeRate
 from sglang_prefillshare.routing.under_way import UnderWay
 from sglang_prefillshare.routing.verdicts import (
@@ -119,6 +120,8 @@ class Worker:
     full_until_s: float = 0.0
     """By `time.monotonic`: until then it takes nothing more, as it said itself (429, 503)."""
     rate: ComputeRate = field(default_factory=ComputeRate)
+    pressure: Pressure = field(default_factory=Pressure)
+    """Of our legs there, on its computing."""
     breaker: Breaker = field(default_factory=lambda: Breaker(BreakerConfig()))
     on_change: Callable[[], None] = _ignore
     """Called when it may have more room than before."""
@@ -201,6 +204,8 @@ class Worker:
         self.holdings.take(leg.hold)
         leg.permit = self.breaker.permit()
         leg.began_s = time.monotonic()
+        if len(self.legs) == 1:
+            self.pressure.note(True, leg.began_s)
 
     def end(self, leg: Leg) -> None:
         """Uncount a leg; doing it again changes nothing."""
@@ -212,6 +217,8 @@ class Worker:
             self.breaker.give_back(leg.permit)
             if leg.ended is not None:
                 leg.ended.set()
+            if not self.legs:
+                self.pressure.note(False, time.monotonic())
             self.on_change()
         if not self.legs:
             self.has_no_leg.set()

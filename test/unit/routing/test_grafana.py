@@ -51,6 +51,7 @@ def test_every_metric_and_label_that_the_board_names_is_on_the_routers_page():
             metrics.abort_failures.labels("decode").inc(0)
             metrics.refusals.labels("planner", "full").inc(0)
             metrics.prefix_waits.labels("planner").inc(0)
+            metrics.session_holds.labels("planner").inc(0)
             metrics.queued.labels("planner").inc(0)
             for family in text_string_to_metric_families((await system.get("/metrics")).body.decode()):
                 for sample in family.samples:
