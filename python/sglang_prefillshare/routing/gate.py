@@ -127,7 +127,7 @@ class Gate:
         if too_many is not None and self._line.has(request.module):
             raise self._overloaded(request, Refusal.FULL, too_many)
         patience_s = self._config.patience_s
-        if stay is not None and self._config.session_hold_s is not None:  # its context is kept there
+        if stay is not None and stay.is_worth_a_wait and self._config.session_hold_s is not None:
             patience_s = max(patience_s, self._config.session_hold_s)
         waiter = _Waiter(request, chains, asyncio.get_running_loop().create_future(), time.monotonic(), patience_s)
         is_new = self._placer.is_new_session(request)

@@ -67,11 +67,13 @@ class _Pool:
 
 
 class Stay:
-    """A call of a resident."""
+    """A call of a resident; it `is_worth_a_wait` where its context would have to be computed anew elsewhere, and that
+    would be long."""
 
-    def __init__(self, residency: Residency, resident: _Resident) -> None:
+    def __init__(self, residency: Residency, resident: _Resident, *, is_worth_a_wait: bool) -> None:
         self._residency = residency
         self._resident = resident
+        self.is_worth_a_wait = is_worth_a_wait
         self._is_ended = False
 
     @property
@@ -199,7 +201,7 @@ class Residency:
         resident.calls += 1
         resident.turns += 1
         self._idle.pop(name, None)
-        return Stay(self, resident)
+        return Stay(self, resident, is_worth_a_wait=pool_tokens is not None)
 
     def call_ended(self, resident: _Resident, now_s: float) -> None:
         resident.calls -= 1
