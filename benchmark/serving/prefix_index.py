@@ -17,6 +17,7 @@ import struct
 import time
 from collections.abc import Callable
 
+import click
 import msgspec
 import psutil
 
@@ -82,7 +83,7 @@ def measure(blocks: int) -> None:
     assert exact(longer[0]) == 2 * (blocks // 2)
     row["cut"] = median_us(exact, longer)
     row["noting a turn, at most"] = learned * 1e6
-    print(f"{blocks} blocks, us a request: " + ", ".join(f"{name} {value:.1f}" for name, value in row.items()))
+    click.echo(f"{blocks} blocks, us a request: " + ", ".join(f"{name} {value:.1f}" for name, value in row.items()))
 
 
 def measure_events(blocks: int) -> None:
@@ -107,10 +108,19 @@ def measure_events(blocks: int) -> None:
         reader.take(number.to_bytes(8, "big"), payload)
     elapsed = time.perf_counter() - began
     grown = process.memory_info().rss - before
-    print(f"{blocks} blocks of events: {elapsed / blocks * 1e6:.2f} us and {grown / blocks:.0f} bytes a block")
+    click.echo(f"{blocks} blocks of events: {elapsed / blocks * 1e6:.2f} us and {grown / blocks:.0f} bytes a block")
+
+
+@click.command(help=__doc__)
+@click.option(
+    "--blocks", "sizes", type=int, multiple=True, default=(1_000, 10_000), show_default=True, help="Of a prompt."
+)
+@click.option("--event-blocks", default=1_000_000, show_default=True, help="That events put in.")
+def main(sizes: tuple[int, ...], event_blocks: int) -> None:
+    for blocks in sizes:
+        measure(blocks)
+    measure_events(event_blocks)
 
 
 if __name__ == "__main__":
-    for count in (1_000, 10_000):
-        measure(count)
-    measure_events(1_000_000)
+    main()

@@ -34,6 +34,7 @@ RUN_BY = {
     "benchmark/serving/idle.py": "test_scripts_with_servers",
     "benchmark/serving/overload.py": "test_scripts_with_servers",
     "benchmark/serving/connections.py": "test_scripts_of_one_process",
+    "benchmark/serving/prefix_index.py": "test_scripts_of_one_process",
     "benchmark/serving/router.py": "test_scripts_with_servers",
     "benchmark/serving/streams.py": "test_scripts_of_one_process",
     "benchmark/training/figure2.py": "test_scripts_of_one_process",
@@ -91,6 +92,11 @@ def connections(module: Any, out: Path, models: Models, patch: pytest.MonkeyPatc
     return out / "bench" / "connections" / "summary.json"
 
 
+def prefix_index(module: Any, out: Path, models: Models, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(module, "REPEATS", 2)
+    assert "4000 blocks of events" in run(module, "--blocks", 100, "--event-blocks", 4000)
+
+
 def step_cost(module: Any, out: Path, models: Models, patch: pytest.MonkeyPatch) -> Path:
     sizes = ("--prompt-tokens", 8, "--response-tokens", 4, "--batch-size", 1, "--steps", 1)
     run(module, *sizes, "--base", models.base, "--out", out)
@@ -112,6 +118,7 @@ ALONE: Mapping[str, Small] = {
     "benchmark.kernels.cpu_operators": cpu_operators,
     "benchmark.serving.streams": streams,
     "benchmark.serving.connections": connections,
+    "benchmark.serving.prefix_index": prefix_index,
     "benchmark.training.step_cost": step_cost,
     "benchmark.training.figure2": figure2,
 }
