@@ -2,7 +2,8 @@
 
 One prefill worker, one decode worker with a small pool, tiny models, and two routers before them, of which one sends
 everything at once (`--no-admission`). Each client asks one prompt after another, all different, and comes again when an
-answer of 429 or 503 says. First as many clients as fit (the knee), then four times as many through either router.
+answer of 429 or 503 says. First as many clients as fit (the knee), then four times as many through either router. Three
+quarters of what fits may wait: the longer the queue, the longer an answer takes, and nothing else.
 Writes out/bench/overload/summary.json.
 
     python benchmark/serving/overload.py --minutes 3
@@ -105,7 +106,7 @@ def main(
                 },
             }
         ],
-        "router": {"args": {"queue-size": fitting}},
+        "router": {"args": {"queue-size": max(1, fitting * 3 // 4)}},
     }
     fifth_s = minutes * 60 / 5
     with (
