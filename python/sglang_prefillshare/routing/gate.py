@@ -301,7 +301,7 @@ class Gate:
         """Why one more may not wait, if that is so."""
         if len(self) >= self._config.queue_size:
             return f"{len(self)} requests wait already, and no more may (--queue-size)."
-        if self._line and self._body_bytes + len(request.raw) > self._config.queue_bytes:
+        if (self._line or self._held) and self._body_bytes + len(request.raw) > self._config.queue_bytes:
             return f"The requests that wait already have {self._body_bytes} bytes; with this one they are too many."
         return None
 

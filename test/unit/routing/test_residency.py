@@ -420,6 +420,20 @@ def test_a_session_that_finds_no_room_in_time_is_told_so(pays):
     run(scenario())
 
 
+def test_the_bodies_of_those_held_back_are_bounded(pays):
+    async def scenario():
+        config = holding(session_idle_s=30.0, queue_bytes=6000)
+        async with running_system(prepare=with_room_for(1), admission=config) as system:
+            assert (await system.post("/generate", body(1))).status == 200
+            held = asyncio.create_task(system.post("/generate", body(2)))
+            await waiting(system, 1)
+            answer = await system.post("/generate", body(3, turns=3))
+            assert answer.status == 429 and "bytes" in answer.error
+            held.cancel()
+
+    run(scenario())
+
+
 def test_those_held_back_count_for_the_queue(pays):
     async def scenario():
         config = holding(session_idle_s=30.0, queue_size=1)
