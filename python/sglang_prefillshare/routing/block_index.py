@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
+from bisect import bisect_left
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -109,15 +110,8 @@ class Chain:
                 if blocks[end - start - 1] in held:
                     return end
                 if blocks[0] in held:
-                    # [0, low) held, [high, …) not held
-                    low, high = 1, end - start - 1
-                    while low < high:
-                        middle = (low + high) // 2
-                        if blocks[middle] in held:
-                            low = middle + 1
-                        else:
-                            high = middle
-                    return start + low
+                    hi = end - start - 1
+                    return start + bisect_left(blocks, True, lo=1, hi=hi, key=lambda block: block not in held)
                 end = start
             elif chain.before is None and blocks and blocks[0] in held:
                 return end

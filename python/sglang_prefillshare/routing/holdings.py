@@ -6,6 +6,7 @@ leg's own.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -67,12 +68,4 @@ class Holdings:
 
     def held_blocks(self, chain: Sequence[int]) -> int:
         """How many blocks of `chain` are held: those before a held one are, too."""
-        # [0, low) held, [high, len) not held
-        low, high = 0, len(chain)
-        while low < high:
-            middle = (low + high) // 2
-            if chain[middle] in self._blocks:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        return bisect_left(chain, True, key=lambda block: block not in self._blocks)

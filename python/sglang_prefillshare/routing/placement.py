@@ -30,7 +30,7 @@ from sglang_prefillshare.routing.policy import (
 )
 from sglang_prefillshare.routing.prefix_index import BYTES_PER_TOKEN, PrefixIndex
 from sglang_prefillshare.routing.request import ClientRequest
-from sglang_prefillshare.routing.residency import Residency, Stay
+from sglang_prefillshare.routing.residency import Residency, SessionName, Stay
 from sglang_prefillshare.routing.sessions import SessionMap
 from sglang_prefillshare.routing.sharing import common_blocks, wait_for_prefix_s
 from sglang_prefillshare.routing.telemetry import Metrics
@@ -217,8 +217,7 @@ class Placer:
 
     def is_resident(self, request: ClientRequest) -> bool:
         """Whether the context of its session is kept."""
-        assert request.session_key is not None
-        return self.residency.has((self.base_of(request), request.session_key))
+        return self.residency.has(self._session_name(request))
 
     def stay(self, request: ClientRequest, chains: Chains, *, is_due: bool = False) -> Stay | None:
         """Room for the context of a request that `needs_stay`, on the prefill worker that it would go to, or on
@@ -233,7 +232,7 @@ class Placer:
             room = worker.info.room if worker.info is not None else None
             is_pressed = worker.pressure.is_high(now_s, tokens_per_s=worker.rate.best_tokens_per_s)
             stay = self.residency.enter(
-                (self.base_of(request), request.session_key),
+                self._session_name(request),
                 worker.url,
                 self._hold(request, chains, worker),
                 pool_tokens=room.pool_tokens if room is not None and is_pressed else None,
@@ -254,13 +253,19 @@ class Placer:
             return stay
         now_s = time.monotonic()
         stay.end(now_s)
-        assert request.session_key is not None
-        name = (self.base_of(request), request.session_key)
         other = self.residency.enter(
-            name, worker.url, self._hold(request, chains, worker), pool_tokens=None, now_s=now_s
+            self._session_name(request),
+            worker.url,
+            self._hold(request, chains, worker),
+            pool_tokens=None,
+            now_s=now_s,
         )
         assert other is not None, "a pool of None has room for all"
         return other
+
+    def _session_name(self, request: ClientRequest) -> SessionName:
+        assert request.session_key is not None
+        return self.base_of(request), request.session_key
 
     def adopt(self, session_key: str, module: str, workers: tuple[str, str]) -> None:
         """Let a session that is not known begin on these (prefill, decode) workers."""

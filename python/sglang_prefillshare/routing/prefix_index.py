@@ -8,6 +8,7 @@ without changing the policy.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
@@ -58,15 +59,7 @@ class PrefixIndex:
         blocks = self._blocks.get(worker)
         if not blocks:
             return 0
-        # [0, low) held, [high, len) not held
-        low, high = 0, len(chain)
-        while low < high:
-            middle = (low + high) // 2
-            if chain[middle] in blocks:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        return bisect_left(chain, True, key=lambda block: block not in blocks)
 
     def drop(self, worker: str) -> None:
         """Forget a worker that lost its cache: restarted, flushed, or gone."""
