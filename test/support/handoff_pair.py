@@ -154,6 +154,14 @@ class WorkerProcess:
         """How much of each kind of per-room state this process holds: all zero when nothing is in flight or leaks."""
         return dict(self._submit(_Held()).result(timeout_s))
 
+    def wait_held(self, kind: str, *, timeout_s: float = 10.0) -> None:
+        """Wait until this process holds state of a `kind` of `held`, as when it has heard of a room."""
+        deadline = time.monotonic() + timeout_s
+        while not self.held()[kind]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.name} holds no {kind} after {timeout_s} s")
+            time.sleep(0.01)
+
     def kill(self) -> None:
         """SIGKILL: no handler runs, and nothing is said to the peer."""
         self._process.kill()
