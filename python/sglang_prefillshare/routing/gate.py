@@ -10,12 +10,14 @@ its client does.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sglang_prefillshare.routing.admission import Pace, retry_after_s
 from sglang_prefillshare.routing.client import ClientGoneError, Receive, wait_until_gone
@@ -28,6 +30,7 @@ from sglang_prefillshare.routing.waiting import Entry, Line
 from sglang_prefillshare.routing.workers import Leg
 
 _MOST_PASSED: Final = 16
+_T = TypeVar("_T")
 
 
 class Refusal(StrEnum):
@@ -132,35 +135,23 @@ class Gate:
         waiter = _Waiter(request, chains, asyncio.get_running_loop().create_future(), time.monotonic(), patience_s)
         is_new = self._placer.is_new_session(request)
         entry = Entry(waiter, request.module, request.session_key, request.priority, is_new)
-        self._line.add(entry)
-        self._body_bytes += len(request.raw)
-        self._metrics.queued.labels(request.module).inc()
-        try:
-            self._let_through()
-            if not waiter.placed.done():
-                if too_many is not None:
-                    raise self._overloaded(request, Refusal.FULL, too_many)
-                try:
+        with self._booked(request):
+            self._line.add(entry)
+            try:
+                self._let_through()
+                if not waiter.placed.done():
+                    if too_many is not None:
+                        raise self._overloaded(request, Refusal.FULL, too_many)
                     longest_s = max(0.0, self._config.queue_timeout_s - timings.queue_ms / 1000)
-                    if not await _is_done(waiter.placed, receive, longest_s=longest_s):
-                        raise self._overloaded(
-                            request,
-                            Refusal.TIMEOUT,
-                            "The workers had no room for the request within "
-                            f"{self._config.queue_timeout_s:g} s (--queue-timeout).",
-                        )
-                finally:
-                    timings.queue_ms += (time.monotonic() - waiter.since_s) * 1000
-        except BaseException:
-            if waiter.placed.done() and not waiter.placed.cancelled() and waiter.placed.exception() is None:
-                waiter.placed.result().release()
-            raise
-        finally:
-            self._body_bytes -= len(request.raw)
-            self._metrics.queued.labels(request.module).dec()
-            self._line.remove(entry, is_served=False)
-            self.call()  # whoever comes next may need less
-        return waiter.placed.result()
+                    if not await _is_done(waiter.placed, receive, longest_s=longest_s, timings=timings):
+                        raise self._timed_out(request, "The workers had no room for the request within")
+                return waiter.placed.result()
+            except BaseException:
+                if (granted := _granted(waiter.placed)) is not None:
+                    granted.release()
+                raise
+            finally:
+                self._line.remove(entry, is_served=False)
 
     def call(self) -> None:
         """Have those that wait looked at again, soon and once, however often it is called."""
@@ -178,30 +169,35 @@ class Gate:
             raise self._overloaded(request, Refusal.FULL, too_many)
         stay: asyncio.Future[Stay] = asyncio.get_running_loop().create_future()
         held = _Held(request, chains, stay, time.monotonic(), self._placer.is_new_session(request))
-        self._held.append(held)
-        self._body_bytes += len(request.raw)
         self._metrics.session_holds.labels(request.module).inc()
-        self._metrics.queued.labels(request.module).inc()
+        with self._booked(request):
+            self._held.append(held)
+            try:
+                self.call()
+                if not await _is_done(stay, receive, longest_s=self._config.queue_timeout_s, timings=timings):
+                    raise self._timed_out(
+                        request, "The contexts of other sessions filled the prefill workers' pools for"
+                    )
+                return stay.result()
+            except BaseException:
+                if (granted := _granted(stay)) is not None:
+                    granted.end(time.monotonic())
+                raise
+            finally:
+                if held in self._held:
+                    self._held.remove(held)
+
+    @contextlib.contextmanager
+    def _booked(self, request: ClientRequest) -> Iterator[None]:
+        """Counts a request, and its body, among those that wait; when it leaves, the others are looked at again."""
+        queued = self._metrics.queued.labels(request.module)
+        self._body_bytes += len(request.raw)
+        queued.inc()
         try:
-            self.call()
-            if not await _is_done(stay, receive, longest_s=self._config.queue_timeout_s):
-                raise self._overloaded(
-                    request,
-                    Refusal.TIMEOUT,
-                    "The contexts of other sessions filled the prefill workers' pools for "
-                    f"{self._config.queue_timeout_s:g} s (--queue-timeout).",
-                )
-            return stay.result()
-        except BaseException:
-            if stay.done() and not stay.cancelled() and stay.exception() is None:
-                stay.result().end(time.monotonic())
-            raise
+            yield
         finally:
-            if held in self._held:
-                self._held.remove(held)
             self._body_bytes -= len(request.raw)
-            self._metrics.queued.labels(request.module).dec()
-            timings.queue_ms += (time.monotonic() - held.since_s) * 1000
+            queued.dec()
             self.call()  # whoever comes next may need less
 
     def _let_in(self) -> None:
@@ -251,16 +247,14 @@ class Gate:
     ) -> None:
         """Until `leg` has ended, however it did, and `longest_s` at most; then the request goes on as any other."""
         leg.ended = leg.ended or asyncio.Event()
-        began_s = time.monotonic()
         self._metrics.prefix_waits.labels(request.module).inc()
         self._sharing_count += 1
         ended = asyncio.ensure_future(leg.ended.wait())
         try:
-            await _is_done(ended, receive, longest_s=longest_s)
+            await _is_done(ended, receive, longest_s=longest_s, timings=timings)
         finally:
             ended.cancel()
             self._sharing_count -= 1
-            timings.queue_ms += (time.monotonic() - began_s) * 1000
 
     def _let_through(self) -> None:
         """Everyone whose turn it is and whose workers have room.
@@ -305,14 +299,24 @@ class Gate:
             return f"The requests that wait already have {self._body_bytes} bytes; with this one they are too many."
         return None
 
+    def _timed_out(self, request: ClientRequest, why: str) -> OverloadedError:
+        longest_s = self._config.queue_timeout_s
+        return self._overloaded(request, Refusal.TIMEOUT, f"{why} {longest_s:g} s (--queue-timeout).")
+
     def _overloaded(self, request: ClientRequest, reason: Refusal, message: str) -> OverloadedError:
         self._metrics.refusals.labels(request.module, reason).inc()
         after_s = retry_after_s(len(self) + 1, admitted_per_s=self._pace.per_s, config=self._config)
         return OverloadedError(f"{message} Try again in {after_s} s.", retry_after_s=after_s)
 
 
-async def _is_done(what: asyncio.Future[Any], receive: Receive, *, longest_s: float) -> bool:
-    """Waits until it is, for `longest_s` at most. Raises `ClientGoneError`, since nobody waits for it then."""
+def _granted(what: asyncio.Future[_T]) -> _T | None:
+    """What somebody who does not wait for it any more was given all the same, and has to give back."""
+    return what.result() if what.done() and not what.cancelled() and what.exception() is None else None
+
+
+async def _is_done(what: asyncio.Future[Any], receive: Receive, *, longest_s: float, timings: Timings) -> bool:
+    """Waits until it is, for `longest_s` at most, which is queue time. Raises `ClientGoneError`: nobody waits then."""
+    began_s = time.monotonic()
     gone = asyncio.ensure_future(wait_until_gone(receive))
     try:
         await asyncio.wait((what, gone), timeout=longest_s, return_when=asyncio.FIRST_COMPLETED)
@@ -321,4 +325,5 @@ async def _is_done(what: asyncio.Future[Any], receive: Receive, *, longest_s: fl
             raise ClientGoneError
     finally:
         gone.cancel()
+        timings.queue_ms += (time.monotonic() - began_s) * 1000
     return what.done()
