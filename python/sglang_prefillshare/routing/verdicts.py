@@ -132,11 +132,12 @@ def judge(workers: Sequence[Observation], *, before: Bases | None = None) -> Jud
             if is_somebody_unasked and not is_settled:
                 tentative.add(module)
     bases = Bases(known, MappingProxyType(of_module), frozenset(tentative))
+    may_come = any(worker.role is not Role.DECODE and not worker.is_asked for worker in workers)
     strangers: dict[str, frozenset[str]] = {}
     for worker in fitting:
         assert worker.info is not None
         strange = frozenset(m for m in worker.modules if worker.serves(m) and of_module.get(m) != worker.base)
-        verdicts[worker.url] = _base_verdict(worker, strange, bases=bases, pools=pools)
+        verdicts[worker.url] = _base_verdict(worker, strange, bases=bases, pools=pools, may_come=may_come)
         strangers[worker.url] = strange
     return Judgement(bases, verdicts, strangers)
 
@@ -210,15 +211,22 @@ def _named_misfit(worker: Observation, info: WorkerInfo) -> Verdict | None:
 
 
 def _base_verdict(
-    worker: Observation, strange: frozenset[str], *, bases: Bases, pools: Mapping[str, Sequence[WorkerInfo]]
+    worker: Observation,
+    strange: frozenset[str],
+    *,
+    bases: Bases,
+    pools: Mapping[str, Sequence[WorkerInfo]],
+    may_come: bool,
 ) -> Verdict:
-    """Of a worker that fits as far as it alone is concerned. `pools` are the fitting prefill workers by base."""
+    """Of a worker that fits as far as it alone is concerned. `pools` are the fitting prefill workers by base; with
+    `may_come` one that was not asked yet may hold another."""
     info = worker.info
     assert info is not None
     if info.role is Role.DECODE:
-        if not bases.known:
+        is_known = info.base_fingerprint in bases.known
+        if not bases.known or (not is_known and may_come):
             return Verdict(Status.STARTING, "no prefill worker has named its base yet")
-        if info.base_fingerprint not in bases.known:
+        if not is_known:
             return Verdict(
                 Status.REFUSED,
                 f"it reads the KV of the base {info.base_fingerprint}, and the prefill workers hold "

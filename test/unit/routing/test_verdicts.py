@@ -62,6 +62,18 @@ def unasked(worker: Observation) -> Observation:
     return replace(worker, info=None, was_seen=False)
 
 
+def test_a_worker_is_not_refused_for_its_base_before_every_prefill_worker_was_asked():
+    """A router that starts hears of one prefill worker first."""
+    decode = seen("d", Role.DECODE, "coder", base_fingerprint="base-2")
+    late = seen("p1", base_fingerprint="base-2")
+    assert statuses(seen("p0"), unasked(late), decode)["d"] is Status.STARTING
+    assert statuses(seen("p0"), replace(unasked(late), role=None), decode)["d"] is Status.STARTING
+    assert statuses(seen("p0"), late, decode)["d"] is Status.READY
+    assert statuses(seen("p0"), replace(unasked(late), lost="no answer"), decode)["d"] is Status.REFUSED
+    waits = unasked(seen("d1", Role.DECODE, "planner"))
+    assert statuses(seen("p0"), decode, waits)["d"] is Status.REFUSED, "it will bring no base"
+
+
 def test_who_answers_first_does_not_decide_the_base_of_a_module():
     """Whatever the order of the first answers, the bases end as if all had come at once."""
     workers = [
