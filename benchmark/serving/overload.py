@@ -34,9 +34,11 @@ sys.path.insert(0, str(ROOT))
 
 from benchmark.serving.streams import until_ready  # noqa: E402
 from sglang_prefillshare.config import RouterSettings, topology_from  # noqa: E402
-from sglang_prefillshare.deployment import Deployment, DeploymentOptions, PortBlocks, router_command  # noqa: E402
+from sglang_prefillshare.deployment import Deployment  # noqa: E402
 from sglang_prefillshare.display import Display  # noqa: E402
 from sglang_prefillshare.environment import describe_environment  # noqa: E402
+from sglang_prefillshare.plans import Commands, router_command  # noqa: E402
+from sglang_prefillshare.ports import PortBlocks  # noqa: E402
 from test.support.models import make_base, make_decode_module  # noqa: E402
 
 MODULE = "coder"
@@ -155,7 +157,7 @@ def second_router(deployment: Deployment, *flags: str) -> Iterator[str]:
     ports = PortBlocks()
     port = ports.take()
     plans = [worker.plan for worker in deployment.workers]
-    command = router_command(RouterSettings(), plans, port=port, options=DeploymentOptions())
+    command = router_command(RouterSettings(), plans, port=port, commands=Commands())
     process = subprocess.Popen([*command, "--log-level", "warning", *flags], env=os.environ)
     try:
         url = f"http://127.0.0.1:{port}"

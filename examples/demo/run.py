@@ -47,15 +47,9 @@ from examples.demo.report import (
 )
 from examples.demo.rounds import SYSTEM, messages_of
 from examples.demo.servers import figures_of, handoffs, memory_bytes, prepare, topology
-from sglang_prefillshare.deployment import (
-    Deployment,
-    DeploymentOptions,
-    State,
-    StopRequestedError,
-    Worker,
-    has_accelerator,
-)
+from sglang_prefillshare.deployment import Deployment, DeploymentOptions, State, StopRequestedError, Worker
 from sglang_prefillshare.display import Display
+from sglang_prefillshare.environment import has_accelerator
 from sglang_prefillshare.errors import ConfigError, PrefillShareError
 
 REQUESTS_SEED: Final = "demo"

@@ -107,10 +107,12 @@ def up(
     have, and the rest serves on. A SIGHUP because the terminal is gone ends all, except under nohup.
     """
     from sglang_prefillshare.config import load_topology
-    from sglang_prefillshare.deployment import ROUTER_COMMAND, WORKER_COMMAND, DeploymentOptions
+    from sglang_prefillshare.deployment import DeploymentOptions
+    from sglang_prefillshare.plans import ROUTER_COMMAND, WORKER_COMMAND, Commands
     from sglang_prefillshare.process import StopGrace
     from sglang_prefillshare.restarts import RestartPolicy
 
+    worker = WORKER_COMMAND if worker_command is None else tuple(shlex.split(worker_command))
     router = ROUTER_COMMAND if router_command is None else tuple(shlex.split(router_command))
     if log_format != "text":
         router += ("--log-format", log_format)
@@ -119,8 +121,7 @@ def up(
         start_concurrency=start_concurrency,
         grace=StopGrace(interrupt_s=interrupt_grace, terminate_s=terminate_grace),
         log_dir=log_dir,
-        worker_command=WORKER_COMMAND if worker_command is None else tuple(shlex.split(worker_command)),
-        router_command=router,
+        commands=Commands(worker, router),
         restarts=None if fail_fast else RestartPolicy(),
     )
     return _serve_topology(lambda: load_topology(topology), options, json_ready, log_format)

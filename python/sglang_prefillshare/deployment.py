@@ -3,72 +3,51 @@
     with Deployment(load_topology("topology.yaml")) as deployment:
         requests.post(f"{deployment.router_url}/v1/chat/completions", ...)
 
-The values come from `config.py`, one process is `process.py`'s, what a person sees is `display.py`'s. What a topology
-that is read anew changes is decided in `reloads.py`, and the router is told of it through `router_admin.py`.
+The values come from `config.py`, what is to be run is in `plans.py`, one process is `process.py`'s, what a person sees
+is `display.py`'s. What a topology that is read anew changes is decided in `reloads.py`, and the router is told of it
+through `router_admin.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
-import http.client
 import itertools
 import json
 import os
 import queue
 import secrets
-import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self, TextIO
 
-from sglang_prefillshare.config import ArgValue, RouterSettings, Topology, WorkerSettings, flags_of
-from sglang_prefillshare.errors import ConfigError, HandoffError, PrefillShareError, WorkerError
-from sglang_prefillshare.handoff import proof
-from sglang_prefillshare.preload import Preloader
+from sglang_prefillshare.config import Topology
+from sglang_prefillshare.environment import has_accelerator
+from sglang_prefillshare.errors import ConfigError, PrefillShareError, WorkerError
+from sglang_prefillshare.plans import (
+    WORKER_COMMAND,
+    WORKER_HOST,
+    Commands,
+    WorkerPlan,
+    admin_key,
+    choose_backend,
+    plan_topology,
+    plan_unified,
+    plan_workers,
+    router_command,
+    with_backend_of,
+)
+from sglang_prefillshare.ports import GivenPorts, Port, PortBlocks
+from sglang_prefillshare.preload import Preloader, preloader
 from sglang_prefillshare.process import ExitStatus, StopGrace, SupervisedProcess, describe_exit
-from sglang_prefillshare.protocol import WORKER_INFO_PATH, Role
+from sglang_prefillshare.readiness import CANNOT_HAND_OVER, probe
 from sglang_prefillshare.reloads import check_reload, free_name, match, summary
 from sglang_prefillshare.restarts import Restart, RestartPolicy
 from sglang_prefillshare.router_admin import ADMIN_KEY_VARIABLE, READY, RouterAdmin
-from sglang_prefillshare.settings import BACKEND_NAME
-
-WORKER_COMMAND: Final = (sys.executable, "-m", "sglang.launch_server")
-ROUTER_COMMAND: Final = (sys.executable, "-m", "sglang_prefillshare.cli", "route")
-WORKER_HOST: Final = "127.0.0.1"
-BASE_NAME: Final = "base"
-ROUTER_NAME: Final = "router"
-UNIFIED_NAME: Final = "unified"
-ADAPTERS_NAME: Final = "adapters"
-
-CPU_ENV: Final[Mapping[str, str]] = {
-    "OMP_NUM_THREADS": "1",
-    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
-    "SGLANG_PYSPY_DUMP_BEFORE_CRASH": "0",
-}
-"""On a host without an accelerator or for `device: cpu`, where neither the topology nor our own environment says
-otherwise: several processes with several OpenMP threads each wait for one another at barriers; and a server whose
-scheduler died would wait 5 s for a GPU to settle, then up to 60 s for its core dump, before it ends. What else a CPU
-needs SGLang gets from our platform (`host/cpu/platform.py`), with or without `up`."""
-
-PRELOADED: Final = ("sglang.srt.entrypoints.http_server", "sglang.srt.models.registry")
-"""What every worker imports. SGLang's plugins are not among it: a worker loads them when it knows what it is."""
-
-API_KEY_VARIABLE: Final = "PREFILLSHARE_WORKER_API_KEY"
-"""Hands the workers' key to the router, for which a flag would be readable by every user of the machine."""
-
-FIRST_PORT: Final = 11000
-LAST_PORT: Final = 21999
-PORTS_PER_WORKER: Final = 300
-"""A worker owns a block of ports, because SGLang also takes ports near its --port: 233 to 239 above it, and one more
-for each rank, when attention is data parallel. Blocks end below 22000, where SGLang draws ports of its own at random,
-and thus below the range from which the kernel serves connections."""
 
 ROUTER_READY_TIMEOUT_S: Final = 60.0
 """The router loads nothing. If it is not ready soon after the workers are, it has refused one of them and says why."""
@@ -79,19 +58,7 @@ ADMIT_TIMEOUT_S: Final = 30.0
 DRAIN_DEADLINE_S: Final = 120.0
 """After which the router ends the requests on a worker that leaves, where its flags say nothing else."""
 
-CANNOT_HAND_OVER: Final = "can hand no KV over: "
-"""How the last answer of a worker begins that will never be ready, whatever it is given: it has said why."""
-
-_UNBUFFERED: Final[Mapping[str, str]] = {"PYTHONUNBUFFERED": "1"}
-_ANSWER_BYTES: Final = 64 * 1024
-_GPUS: Final = "CUDA_VISIBLE_DEVICES"
-_BACKEND: Final = "disaggregation-transfer-backend"
-_EVENTS_FLAG: Final = "kv-events-config"
-EVENTS_AUTO: Final = "auto"
-"""As that flag's value in a topology: each prefill worker publishes what its tree holds, on ports of its own."""
-
 _DRAIN_SLACK_S: Final = 15.0
-_HTTP, _BOOTSTRAP, _NCCL, _EVENTS, _REPLAY, _GUARD = 0, 1, 2, 3, 4, PORTS_PER_WORKER - 1
 _TAIL_LINES_IN_ERROR: Final = 20
 
 
@@ -103,45 +70,6 @@ class State(StrEnum):
     READY = "ready"
     STOPPING = "stopping"
     ENDED = "ended"
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerPlan:
-    """What is to be run for one worker or the router, and how it is recognised as ready."""
-
-    name: str
-    role: Role | None
-    module: str | None
-    host: str
-    port: int
-    bootstrap_port: int | None
-    command: tuple[str, ...]
-    env: Mapping[str, str]
-    ready_paths: tuple[str, ...]
-    api_key: str | None = field(default=None, repr=False)
-    adapters: tuple[str, ...] = ()
-    """The modules of a decode worker that serves several."""
-    args: Mapping[str, ArgValue] = field(default_factory=dict, repr=False)
-    """The flags in its command that are no ports."""
-    is_cpu: bool = False
-
-    @property
-    def likeness(self) -> Hashable:
-        """What it is, wherever it listens and whatever it is called: equal to another's where that would do as well."""
-        return (self.role, self.module, self.adapters, frozenset(self.args.items()), frozenset(self.env.items()))
-
-    def shares_a_gpu_with(self, other: WorkerPlan) -> bool:
-        """Whether both would have their weights and pools on one GPU. Without `gpus` SGLang takes any."""
-        if self.is_cpu or other.is_cpu:
-            return False
-        ours, theirs = ({gpu for gpu in plan.env.get(_GPUS, "").split(",") if gpu} for plan in (self, other))
-        return not ours or not theirs or bool(ours & theirs)
-
-    @property
-    def url(self) -> str:
-        # A router that listens everywhere is asked for where we are.
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
 
 @dataclass(slots=True, eq=False)
@@ -255,8 +183,7 @@ class DeploymentOptions:
     grace: StopGrace = field(default_factory=StopGrace)
     poll_interval_s: float = 0.25
     log_dir: Path | None = None
-    worker_command: tuple[str, ...] = WORKER_COMMAND
-    router_command: tuple[str, ...] = ROUTER_COMMAND
+    commands: Commands = field(default_factory=Commands)
     restarts: RestartPolicy | None = None
     preloader: Preloader | None = None
 
@@ -320,7 +247,7 @@ class Deployment:
         self._start_concurrency = self._options.start_concurrency or len(os.sched_getaffinity(0))
         self._has_started = False
         self._is_reload_wanted = False
-        self._admin_key = _admin_key(topology.router, os.environ) or secrets.token_urlsafe(32)
+        self._admin_key = admin_key(topology.router, os.environ) or secrets.token_urlsafe(32)
         self._flagged_urls: frozenset[str] = frozenset()
         """The workers' URLs in the flags of the router that runs."""
         self._preloader = self._options.preloader
@@ -372,7 +299,7 @@ class Deployment:
         self.router = None if router_plan is None else Worker(router_plan)
         for worker in self._all():
             self._observer.on_state(worker)
-        if self._preloader is None and options.worker_command == WORKER_COMMAND:
+        if self._preloader is None and options.commands.worker == WORKER_COMMAND:
             self._preloader = preloader(plans[0].env)
         self._bring_up(self.workers, self._start_concurrency, options.ready_timeout_s)
         if self.router is not None:  # after the workers, whose descriptions it reads
@@ -386,7 +313,7 @@ class Deployment:
                 plan_unified(
                     self._topology,
                     ports=self._ports,
-                    options=self._options,
+                    commands=self._options.commands,
                     is_cpu_host=not has_accelerator(),
                     environ=os.environ,
                 )
@@ -394,7 +321,7 @@ class Deployment:
         plans, router = plan_topology(
             self._topology,
             ports=self._ports,
-            options=self._options,
+            commands=self._options.commands,
             is_cpu_host=not has_accelerator(),
             environ=os.environ,
         )
@@ -670,7 +597,7 @@ class Deployment:
             return plan_workers(
                 topology,
                 ports=GivenPorts(first_ports),
-                options=self._options,
+                commands=self._options.commands,
                 is_cpu_host=not has_accelerator(),
                 environ=os.environ,
             )
@@ -685,10 +612,9 @@ class Deployment:
                     taken.append(self._ports.take())
             free = iter(taken)
             ported = plans(iter([next(free) if worker is None else 0 for worker in kept]))
-            new = self._told_backend(
-                [plan for plan, worker in zip(ported, kept, strict=True) if worker is None],
-                beside=[worker.plan for worker in kept if worker is not None],
-            )
+            new = [plan for plan, worker in zip(ported, kept, strict=True) if worker is None]
+            if new and has_accelerator():
+                new = with_backend_of([worker.plan for worker in kept if worker is not None], new)
         except BaseException:
             for first_port in taken:
                 self._ports.give_back(first_port)
@@ -705,19 +631,6 @@ class Deployment:
             arriving=tuple(arriving),
             leaving=tuple(worker for worker in self.workers if worker not in kept),
         )
-
-    @staticmethod
-    def _told_backend(new: Sequence[WorkerPlan], *, beside: Sequence[WorkerPlan]) -> list[WorkerPlan]:
-        """The new workers with the backend of those they come to."""
-        if not new or not has_accelerator():
-            return list(new)
-        if "nixl" in {_backend_of(plan) for plan in beside}:
-            told = flags_of({_BACKEND: "nixl"})
-            return [plan if _backend_of(plan) else replace(plan, command=(*plan.command, *told)) for plan in new]
-        chosen = choose_backend([*beside, *new])
-        if chosen[: len(beside)] != list(beside):
-            raise ConfigError("all workers would have to use nixl then, and those who serve do not. Restart `up`.")
-        return chosen[len(beside) :]
 
     def _carry_out(self, change: _Change) -> str | None:
         """Have the workers that `change` wants; what went wrong, if something did."""
@@ -833,7 +746,7 @@ class Deployment:
         assert self.router is not None
         plan = self.router.plan
         plans = [worker.plan for worker in workers]
-        command = router_command(self._topology.router, plans, port=plan.port, options=self._options)
+        command = router_command(self._topology.router, plans, port=plan.port, commands=self._options.commands)
         self.router.plan = replace(plan, command=command)
 
     def _release_ports(self) -> None:
@@ -841,7 +754,7 @@ class Deployment:
         is there next, so those stay ours for as long as it runs."""
         in_use = {worker.plan.port for worker in self._all()}
         for first_port in self._ports.taken:
-            if first_port not in in_use and f"http://{WORKER_HOST}:{first_port + _HTTP}" not in self._flagged_urls:
+            if first_port not in in_use and f"http://{WORKER_HOST}:{first_port + Port.HTTP}" not in self._flagged_urls:
                 self._ports.give_back(first_port)
 
     def _has_ended(self, worker: Worker) -> bool:
@@ -855,396 +768,6 @@ class Deployment:
         if worker.state is not state:
             worker.state = state
             self._observer.on_state(worker)
-
-
-def plan_topology(
-    topology: Topology,
-    *,
-    ports: Ports,
-    options: DeploymentOptions,
-    is_cpu_host: bool,
-    environ: Mapping[str, str],
-) -> tuple[list[WorkerPlan], WorkerPlan]:
-    """The workers, base first, and the router, each with its ports, command and environment."""
-    plans = plan_workers(topology, ports=ports, options=options, is_cpu_host=is_cpu_host, environ=environ)
-    return plans, plan_router(topology, plans, ports=ports, options=options, environ=environ)
-
-
-def plan_workers(
-    topology: Topology,
-    *,
-    ports: Ports,
-    options: DeploymentOptions,
-    is_cpu_host: bool,
-    environ: Mapping[str, str],
-) -> list[WorkerPlan]:
-    """The workers, base first; each takes one block of `ports`, in this order."""
-    plans: list[WorkerPlan] = []
-    base_args = {"prefill-share-role": Role.PREFILL.value, "served-model-name": BASE_NAME}
-    groups: list[tuple[str, Role, WorkerSettings, Mapping[str, ArgValue]]] = [
-        (BASE_NAME, Role.PREFILL, topology.base, base_args)
-    ]
-    for module in topology.decode:
-        own_args = _decode_args(topology, served_name=module.name)
-        groups.append((module.name, Role.DECODE, module.settings, own_args))
-    if topology.adapters:
-        own_args = {**_decode_args(topology, served_name=BASE_NAME), "lora-paths": _lora_paths(topology)}
-        groups.append((ADAPTERS_NAME, Role.DECODE, replace(topology.base, workers=1), own_args))
-    for name, role, settings, told in groups:
-        for index in range(settings.workers):
-            plan = plan_worker(
-                topology,
-                settings,
-                name=name if settings.workers == 1 else f"{name}.{index}",
-                role=role,
-                module=None if role is Role.PREFILL else name,
-                own_args=told,
-                ready_paths=(WORKER_INFO_PATH, "/health"),
-                index=index,
-                ports=ports,
-                options=options,
-                is_cpu_host=is_cpu_host,
-                environ=environ,
-            )
-            adapters = tuple(adapter.name for adapter in topology.adapters) if name == ADAPTERS_NAME else ()
-            plans.append(replace(plan, adapters=adapters))
-    return plans
-
-
-def _lora_paths(topology: Topology) -> tuple[str, ...]:
-    return tuple(f"{adapter.name}={adapter.folder}" for adapter in topology.adapters)
-
-
-def plan_unified(
-    topology: Topology,
-    *,
-    ports: Ports,
-    options: DeploymentOptions,
-    is_cpu_host: bool,
-    environ: Mapping[str, str],
-) -> WorkerPlan:
-    """The one server of a topology whose modules are adapters. It listens where the router would."""
-    host, port = topology.router.host, _router_port(topology.router, ports)
-    plan = plan_worker(
-        topology,
-        topology.base,
-        name=UNIFIED_NAME,
-        role=Role.UNIFIED,
-        module=None,
-        own_args={
-            "host": host,
-            "port": port,
-            "prefill-share-role": Role.UNIFIED.value,
-            "served-model-name": BASE_NAME,
-            "lora-paths": _lora_paths(topology),
-        },
-        ready_paths=(WORKER_INFO_PATH, "/health"),
-        index=0,
-        ports=ports,
-        options=options,
-        is_cpu_host=is_cpu_host,
-        environ=environ,
-    )
-    return replace(plan, host=host, port=port)
-
-
-def choose_backend(plans: Sequence[WorkerPlan]) -> list[WorkerPlan]:
-    """The plans, with NIXL for all of them where GPUs that they are dealt cannot read from each other.
-
-    That is tried, with two short processes that see what such workers would see; a worker alone cannot know it before
-    it meets another. Raises `ConfigError` where the topology asks for our own backend all the same.
-    """
-    named = {plan.name: _backend_of(plan) for plan in plans if plan.role is not None}
-    if "nixl" in named.values():
-        return list(plans)
-    gpus = {
-        (prefill.env.get(_GPUS, ""), decode.env.get(_GPUS, "")): (prefill, decode)
-        for prefill in plans
-        for decode in plans
-        if (prefill.role, decode.role) == (Role.PREFILL, Role.DECODE)
-    }
-    for (ours, theirs), (prefill, decode) in gpus.items():
-        if not ours or not theirs or ours == theirs:
-            continue  # on one GPU each worker finds out by itself
-        try:
-            proof.prove_between(prefill.env, decode.env)
-        except proof.UntriedError as error:
-            print(f"prefillshare: from GPU {ours} to GPU {theirs} no handoff was tried: {error}", file=sys.stderr)
-        except HandoffError as error:
-            reason = f"GPU {theirs} of {decode.name} cannot take KV over from GPU {ours} of {prefill.name}: {error}"
-            if BACKEND_NAME in named.values():
-                raise ConfigError(f"{reason} The topology asks for {BACKEND_NAME}.") from error
-            print(f"prefillshare: {reason} All workers use nixl.", file=sys.stderr)
-            nixl = flags_of({_BACKEND: "nixl"})
-            return [plan if plan.role is None else replace(plan, command=(*plan.command, *nixl)) for plan in plans]
-    return list(plans)
-
-
-def _backend_of(plan: WorkerPlan) -> str | None:
-    """The transfer backend that its command names."""
-    command = list(plan.command)
-    return command[command.index(f"--{_BACKEND}") + 1] if f"--{_BACKEND}" in command else None
-
-
-def plan_worker(
-    topology: Topology,
-    settings: WorkerSettings,
-    *,
-    name: str,
-    role: Role | None,
-    module: str | None,
-    own_args: Mapping[str, ArgValue],
-    ready_paths: tuple[str, ...],
-    index: int,
-    ports: Ports,
-    options: DeploymentOptions,
-    is_cpu_host: bool,
-    environ: Mapping[str, str],
-) -> WorkerPlan:
-    """One worker of `settings`, the `index`-th: `own_args` are what it is, which the topology's args can add to."""
-    first_port = ports.take()
-    bootstrap_port = first_port + _BOOTSTRAP if role is Role.PREFILL else None
-    its_ports: dict[str, ArgValue] = {"port": first_port + _HTTP, "nccl-port": first_port + _NCCL}
-    if bootstrap_port is not None:
-        its_ports["disaggregation-bootstrap-port"] = bootstrap_port
-    args = {"model-path": settings.model, "host": WORKER_HOST, **own_args, **topology.args_of(settings)}
-    its_events: dict[str, ArgValue] = {}
-    if args.get(_EVENTS_FLAG) == EVENTS_AUTO:
-        its_events[_EVENTS_FLAG] = _events_config(first_port) if role is Role.PREFILL else None
-    is_cpu = args.get("device", "cpu" if is_cpu_host else None) == "cpu"
-    return WorkerPlan(
-        name=name,
-        role=role,
-        module=module,
-        host=WORKER_HOST,
-        port=first_port + _HTTP,
-        bootstrap_port=bootstrap_port,
-        command=(*options.worker_command, *flags_of({**its_ports, **args, **its_events})),
-        env=_worker_env(topology, settings, index=index, is_cpu=is_cpu, environ=environ),
-        ready_paths=ready_paths,
-        api_key=topology.worker_api_key(settings),
-        args=args,
-        is_cpu=is_cpu,
-    )
-
-
-def _events_config(first_port: int) -> str:
-    """Events that the router can use, for this machine alone."""
-    return json.dumps(
-        {
-            "publisher": "zmq",
-            "format": "dynamo",
-            "bind": True,
-            "endpoint": f"tcp://{WORKER_HOST}:{first_port + _EVENTS}",
-            "replay_endpoint": f"tcp://{WORKER_HOST}:{first_port + _REPLAY}",
-        }
-    )
-
-
-def _decode_args(topology: Topology, *, served_name: str) -> dict[str, ArgValue]:
-    return {
-        "prefill-share-role": Role.DECODE.value,
-        "prefill-share-base": topology.base.model,
-        "served-model-name": served_name,
-    }
-
-
-def plan_router(
-    topology: Topology,
-    workers: Sequence[WorkerPlan],
-    *,
-    ports: Ports,
-    options: DeploymentOptions,
-    environ: Mapping[str, str],
-) -> WorkerPlan:
-    """The router before `workers`. A prefill worker that belongs to one module is named with it, as decode's are."""
-    router = topology.router
-    port = _router_port(router, ports)
-    api_key = next((worker.api_key for worker in workers if worker.api_key is not None), None)
-    return WorkerPlan(
-        name=ROUTER_NAME,
-        role=None,
-        module=None,
-        host=router.host,
-        port=port,
-        bootstrap_port=None,
-        command=router_command(router, workers, port=port, options=options),
-        env={**environ, **_UNBUFFERED, **({} if api_key is None else {API_KEY_VARIABLE: api_key})},
-        ready_paths=("/health",),
-    )
-
-
-def router_command(
-    router: RouterSettings, workers: Sequence[WorkerPlan], *, port: int, options: DeploymentOptions
-) -> tuple[str, ...]:
-    """What starts the router at `port` before `workers`."""
-    command = [*options.router_command, "--host", router.host, "--port", str(port)]
-    for worker in workers:
-        flag = "--prefill" if worker.role is Role.PREFILL else "--decode"
-        names = worker.adapters or (worker.module,)
-        for name in names:
-            command += [flag, worker.url if name is None else f"{name}={worker.url}"]
-    return (*command, *flags_of(router.args, is_repeated=True))
-
-
-def _admin_key(router: RouterSettings, environ: Mapping[str, str]) -> str | None:
-    """The key that the router's administrator chose."""
-    key = router.args.get("admin-api-key", environ.get(ADMIN_KEY_VARIABLE))
-    return key if isinstance(key, str) and key else None
-
-
-def _router_port(router: RouterSettings, ports: Ports) -> int:
-    if router.port and not _is_free(router.host, router.port):
-        raise ConfigError(
-            f"the router cannot listen at {router.host}:{router.port}: the port is taken, or the address is not of "
-            "this machine. Choose another port, or 0 for a free one."
-        )
-    return router.port or ports.take()
-
-
-def _worker_env(
-    topology: Topology, settings: WorkerSettings, *, index: int, is_cpu: bool, environ: Mapping[str, str]
-) -> dict[str, str]:
-    """Later ones win: CPU defaults, our own environment, the GPUs given, the topology's `env`, the worker's."""
-    gpus = settings.gpus_of(index)
-    return _merged(
-        CPU_ENV if is_cpu else {},
-        environ,
-        _UNBUFFERED,
-        {_GPUS: ",".join(map(str, gpus))} if gpus else {},
-        topology.env,
-        settings.env,
-    )
-
-
-class Ports(Protocol):
-    """Where workers and the router may listen."""
-
-    def take(self) -> int:
-        """The first port of a block that is its taker's now."""
-
-
-class GivenPorts:
-    """Blocks that are known already, or that do not matter."""
-
-    def __init__(self, first_ports: Iterator[int]) -> None:
-        self._first_ports = first_ports
-
-    def take(self) -> int:
-        return next(self._first_ports)
-
-
-class PortBlocks:
-    """Blocks of ports for workers of this and of other deployments on the machine.
-
-    The last port of a block is bound for as long as we own the block, so that another deployment passes over it; the
-    kernel gives it back even if we are killed. The others are only seen to be free, for their worker to bind.
-    """
-
-    def __init__(self, *, avoid: int = 0) -> None:
-        self._avoid = avoid
-        self._guards: dict[int, socket.socket] = {}
-
-    def take(self) -> int:
-        """The first port of a free block. Raises `WorkerError` when there is none."""
-        for first in range(FIRST_PORT, LAST_PORT - PORTS_PER_WORKER + 2, PORTS_PER_WORKER):
-            if first in self._guards or first <= self._avoid < first + PORTS_PER_WORKER:
-                continue
-            guard = socket.socket()
-            try:
-                guard.bind(("", first + _GUARD))
-            except OSError:
-                guard.close()
-                continue
-            if not all(_is_free("", first + offset) for offset in (_HTTP, _BOOTSTRAP, _NCCL, _EVENTS, _REPLAY)):
-                guard.close()
-                continue
-            self._guards[first] = guard
-            return first
-        raise WorkerError(
-            f"no free block of {PORTS_PER_WORKER} ports is left between {FIRST_PORT} and {LAST_PORT}. "
-            "End other deployments on this machine, or name fewer workers."
-        )
-
-    @property
-    def taken(self) -> list[int]:
-        """The first ports of the blocks that are ours."""
-        return list(self._guards)
-
-    def give_back(self, first: int) -> None:
-        """The block may be taken again, by anybody."""
-        self._guards.pop(first).close()
-
-    def release(self) -> None:
-        for first in self.taken:
-            self.give_back(first)
-
-
-def _is_free(host: str, port: int) -> bool:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as bound:
-        # As the server will bind it: a port whose last connections are still closing is free.
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            bound.bind((host, port))
-        except OSError:
-            return False
-    return True
-
-
-def probe(plan: WorkerPlan) -> str:
-    """`ready` if every path answers 200, else what the first that does not answered."""
-    host = plan.url.removeprefix("http://").rpartition(":")[0].strip("[]")
-    headers = {} if plan.api_key is None else {"Authorization": f"Bearer {plan.api_key}"}
-    for path in plan.ready_paths:
-        # SGLang's /health generates a token and takes a second at least, 20 s when the worker is stuck.
-        connection = http.client.HTTPConnection(host, plan.port, timeout=25.0)
-        try:
-            connection.request("GET", path, headers=headers)
-            response = connection.getresponse()
-            status, body = response.status, response.read(_ANSWER_BYTES).decode(errors="replace").strip()
-        except ConnectionRefusedError:
-            return "no answer yet"
-        except (OSError, http.client.HTTPException) as error:
-            return f"{type(error).__name__} at {path}"
-        finally:
-            connection.close()
-        if status != 200:
-            return f"status {status} at {path}" + (f": {body[:200]}" if body else "")
-        if path == WORKER_INFO_PATH and (reason := _handoff_failure(body)) is not None:
-            return CANNOT_HAND_OVER + reason
-    return "ready"
-
-
-def _handoff_failure(description: str) -> str | None:
-    try:
-        described = json.loads(description)
-    except ValueError:
-        return None
-    reason = described.get("handoff_failure") if isinstance(described, dict) else None
-    return None if reason is None else str(reason)
-
-
-def has_accelerator() -> bool:
-    """Whether the machine has a GPU, without loading torch to ask."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    return any(glob.glob(pattern) for pattern in ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg"))
-
-
-def preloader(env: Mapping[str, str], *, free: Collection[str] = ()) -> Preloader | None:
-    """What workers with this environment are forked from; `None` where there is an accelerator. `free`: see there."""
-    return None if has_accelerator() else Preloader(PRELOADED, env, free=free)
-
-
-def default_env(environ: Mapping[str, str], own: Mapping[str, str | None] | None = None) -> dict[str, str]:
-    """A worker's environment on this host, `own` being what a topology says of it."""
-    return _merged({} if has_accelerator() else CPU_ENV, environ, _UNBUFFERED, own or {})
-
-
-def _merged(*layers: Mapping[str, str | None]) -> dict[str, str]:
-    """Later ones win; `None` takes a name away."""
-    env = {name: value for layer in layers for name, value in layer.items()}
-    return {name: value for name, value in env.items() if value is not None}
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import platform
 import shlex
@@ -67,6 +68,13 @@ def describe_device(device: str = "cpu") -> dict[str, Any]:
         "instruction_sets": instruction_sets(),
         "has_bfloat16": cpu_has_bfloat16(),
     }
+
+
+def has_accelerator() -> bool:
+    """Whether the machine has a GPU, without loading torch to ask."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    return any(glob.glob(pattern) for pattern in ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/dxg"))
 
 
 def instruction_sets() -> list[str]:

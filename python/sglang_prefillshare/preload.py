@@ -29,7 +29,11 @@ from typing import Final, Self
 
 from setproctitle import getproctitle, setproctitle
 
+from sglang_prefillshare.environment import has_accelerator
 from sglang_prefillshare.process import StopGrace, Supervision, Supervisor
+
+PRELOADED: Final = ("sglang.srt.entrypoints.http_server", "sglang.srt.models.registry")
+"""What every worker imports. SGLang's plugins are not among it: a worker loads them when it knows what it is."""
 
 OURS: Final = "PREFILLSHARE_"
 """How the names of our own variables begin: they are read when they are needed, and may differ between workers."""
@@ -100,6 +104,11 @@ class Preloader:
 
     def _fixed(self, env: Mapping[str, str]) -> dict[str, str]:
         return {name: env[name] for name in env if name not in self._free and not name.startswith(OURS)}
+
+
+def preloader(env: Mapping[str, str], *, free: Collection[str] = ()) -> Preloader | None:
+    """What workers with this environment are forked from; `None` where there is an accelerator. `free`: see there."""
+    return None if has_accelerator() else Preloader(PRELOADED, env, free=free)
 
 
 # ---- the side that has imported ------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ import aiohttp
 import pytest
 
 from sglang_prefillshare.config import AdapterModule, RouterSettings, Topology, WorkerSettings
-from sglang_prefillshare.deployment import Deployment, PortBlocks
+from sglang_prefillshare.deployment import Deployment
+from sglang_prefillshare.ports import PortBlocks
 from sglang_prefillshare.protocol import TREE_PATH
 from test.e2e.conftest import Models
 from test.support.device import WORKER_ARGS

@@ -13,16 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from sglang_prefillshare.deployment import (
-    CANNOT_HAND_OVER,
-    DeploymentOptions,
-    PortBlocks,
-    WorkerPlan,
-    has_accelerator,
-    plan_topology,
-    probe,
-)
+from sglang_prefillshare.environment import has_accelerator
+from sglang_prefillshare.plans import Commands, WorkerPlan, plan_topology
+from sglang_prefillshare.ports import PortBlocks
 from sglang_prefillshare.process import SupervisedProcess
+from sglang_prefillshare.readiness import CANNOT_HAND_OVER, probe
 from test.support.models import sample_prompt
 from test.support.servers import GRACE, greedy, topology
 
@@ -54,7 +49,7 @@ def closed(models: Models) -> Iterator[list[WorkerPlan]]:
     plans, _ = plan_topology(
         topology(models.base, {"planner": models.planner}),
         ports=ports,
-        options=DeploymentOptions(),
+        commands=Commands(),
         is_cpu_host=not has_accelerator(),
         environ=environ,
     )

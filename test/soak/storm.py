@@ -49,14 +49,9 @@ from sglang_prefillshare.config import (  # noqa: E402
     Topology,
     WorkerSettings,
 )
-from sglang_prefillshare.deployment import (  # noqa: E402
-    Deployment,
-    DeploymentOptions,
-    PortBlocks,
-    Worker,
-    WorkerPlan,
-    router_command,
-)
+from sglang_prefillshare.deployment import Deployment, DeploymentOptions, Worker  # noqa: E402
+from sglang_prefillshare.plans import Commands, WorkerPlan, router_command  # noqa: E402
+from sglang_prefillshare.ports import PortBlocks  # noqa: E402
 from sglang_prefillshare.process import SupervisedProcess  # noqa: E402
 from sglang_prefillshare.protocol import Role  # noqa: E402
 from sglang_prefillshare.routing.request import SESSION_HEADER  # noqa: E402
@@ -713,7 +708,7 @@ async def linked_routers(
         urls: list[str] = []
         for name, args in (("router", ROUTER_ARGS), ("hasty", HASTY_ARGS)):
             port = ports.take()
-            command = [*router_command(RouterSettings(), linked, port=port, options=DeploymentOptions()), *args]
+            command = [*router_command(RouterSettings(), linked, port=port, commands=Commands()), *args]
             log = stack.enter_context((log_dir / f"{name}.log").open("w", buffering=1))
             router = SupervisedProcess(
                 name,

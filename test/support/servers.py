@@ -22,15 +22,10 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from sglang_prefillshare.config import DecodeModule, RouterSettings, Topology, WorkerSettings
-from sglang_prefillshare.deployment import (
-    Deployment,
-    DeploymentOptions,
-    PortBlocks,
-    Worker,
-    default_env,
-    preloader,
-)
-from sglang_prefillshare.preload import Preloader
+from sglang_prefillshare.deployment import Deployment, DeploymentOptions, Worker
+from sglang_prefillshare.plans import default_env
+from sglang_prefillshare.ports import PortBlocks
+from sglang_prefillshare.preload import Preloader, preloader
 from sglang_prefillshare.process import StopGrace, SupervisedProcess
 from test.support.device import WORKER_ARGS
 

@@ -16,6 +16,7 @@ import psutil
 
 from sglang_prefillshare.config import Topology, topology_from
 from sglang_prefillshare.deployment import Deployment, DeploymentOptions
+from sglang_prefillshare.plans import Commands
 from sglang_prefillshare.process import StopGrace
 
 FAKE_COMMAND = (sys.executable, str(Path(__file__).with_name("fake_worker.py")))
@@ -40,8 +41,7 @@ def fake_options(**changes: Any) -> DeploymentOptions:
         "ready_timeout_s": 20.0,
         "grace": StopGrace(interrupt_s=10.0, terminate_s=5.0),
         "poll_interval_s": 0.05,
-        "worker_command": FAKE_COMMAND,
-        "router_command": FAKE_COMMAND,
+        "commands": Commands(FAKE_COMMAND, FAKE_COMMAND),
         **changes,
     }
     return DeploymentOptions(**values)

@@ -7,8 +7,9 @@ from io import StringIO
 
 from rich.console import Console
 
-from sglang_prefillshare.deployment import State, Worker, WorkerPlan
+from sglang_prefillshare.deployment import State, Worker
 from sglang_prefillshare.display import Display
+from sglang_prefillshare.plans import WorkerPlan
 
 
 def shown(line: str, *, state: State, errors_only: bool) -> str:

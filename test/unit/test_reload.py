@@ -17,11 +17,22 @@ import pytest
 
 from sglang_prefillshare import deployment as deployment_module
 from sglang_prefillshare.config import Topology, topology_from
-from sglang_prefillshare.deployment import ROUTER_COMMAND, Deployment, Silent, State, StopRequestedError, Worker
+from sglang_prefillshare.deployment import Deployment, Silent, State, StopRequestedError, Worker
 from sglang_prefillshare.errors import ConfigError, WorkerError
+from sglang_prefillshare.plans import Commands, plan_workers
+from sglang_prefillshare.ports import GivenPorts
 from sglang_prefillshare.process import StopGrace
 from sglang_prefillshare.restarts import RestartPolicy
-from test.unit.deploying import fake_options, in_a_thread, marked, new_mark, nothing_left, topology_data, wait_until
+from test.unit.deploying import (
+    FAKE_COMMAND,
+    fake_options,
+    in_a_thread,
+    marked,
+    new_mark,
+    nothing_left,
+    topology_data,
+    wait_until,
+)
 
 
 @pytest.fixture
@@ -100,7 +111,7 @@ class Running:
 def running(directory: Path, mark: str, data: dict[str, Any] | None = None, **options: Any) -> Iterator[Running]:
     data = data or topology_data(directory, mark)
     told = Told()
-    values = {"router_command": ROUTER_COMMAND, "restarts": RestartPolicy(first_delay_s=0.05), **options}
+    values = {"commands": Commands(FAKE_COMMAND), "restarts": RestartPolicy(first_delay_s=0.05), **options}
     topology = topology_from(data, directory=directory)
     with Deployment(topology, options=fake_options(**values), observer=told) as deployment:
         found = Running(deployment, told, data, directory)
@@ -249,7 +260,7 @@ def test_a_file_that_cannot_be_used_changes_nothing_and_is_told(tmp_path: Path, 
 def test_requests_while_it_starts_or_reloads_are_one_more_reload(tmp_path: Path, mark: str) -> None:
     told, seen = Told(), list[list[str]]()
     data = topology_data(tmp_path, mark, coder={"args": {"fake-ready-after": 1.0}})
-    options = fake_options(router_command=ROUTER_COMMAND, restarts=RestartPolicy())
+    options = fake_options(commands=Commands(FAKE_COMMAND), restarts=RestartPolicy())
     deployment = Deployment(topology_from(data, directory=tmp_path), options=options, observer=told)
     deployment.request_reload()
     deployment.request_reload()
@@ -374,10 +385,10 @@ def test_workers_on_different_gpus_do_not_wait_for_each_other(tmp_path: Path, ma
     for gpus in ([0], [1], [0, 1], []):
         data = {**topology_data(tmp_path, mark), "decode": [module("coder", gpus=gpus)]}
         topology = topology_from(data, directory=tmp_path)
-        (_, plans[tuple(gpus)]) = deployment_module.plan_workers(
+        (_, plans[tuple(gpus)]) = plan_workers(
             topology,
-            ports=deployment_module.GivenPorts(iter([1, 2])),
-            options=fake_options(),
+            ports=GivenPorts(iter([1, 2])),
+            commands=fake_options().commands,
             is_cpu_host=False,
             environ={},
         )

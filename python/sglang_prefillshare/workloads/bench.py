@@ -22,9 +22,11 @@ import aiohttp
 from msgspec.structs import replace
 from rich.console import Console
 
-from sglang_prefillshare.deployment import Deployment, Silent, default_env, has_accelerator, preloader
+from sglang_prefillshare.deployment import Deployment, Silent
+from sglang_prefillshare.environment import has_accelerator
 from sglang_prefillshare.errors import ConfigError, WorkerError
-from sglang_prefillshare.preload import Preloader
+from sglang_prefillshare.plans import default_env
+from sglang_prefillshare.preload import Preloader, preloader
 from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.workloads.budget import Budget, decide, told
 from sglang_prefillshare.workloads.config import ADAPTER_TOPOLOGIES, Benchmark, TopologyName

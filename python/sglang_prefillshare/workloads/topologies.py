@@ -34,15 +34,9 @@ from sglang_prefillshare.config import (
     Topology,
     WorkerSettings,
 )
-from sglang_prefillshare.deployment import (
-    Deployment,
-    DeploymentOptions,
-    Observer,
-    WorkerPlan,
-    has_accelerator,
-    plan_router,
-    plan_worker,
-)
+from sglang_prefillshare.deployment import Deployment, DeploymentOptions, Observer
+from sglang_prefillshare.environment import has_accelerator
+from sglang_prefillshare.plans import Commands, WorkerPlan, plan_router, plan_worker
 from sglang_prefillshare.preload import Preloader
 from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.workloads.config import Benchmark, TopologyName, Workers
@@ -134,7 +128,7 @@ def make_deployment(
     if name in ("shared", "unified", "shared_lora"):
         return Deployment(topology, options=DeploymentOptions(**options), observer=observer)
     if name == "isolated":
-        pairs = DeploymentOptions(**options, router_command=PAIR_ROUTER_COMMAND)
+        pairs = DeploymentOptions(**options, commands=Commands(router=PAIR_ROUTER_COMMAND))
         return IsolatedDeployment(topology, workers=benchmark.workers, options=pairs, observer=observer)
     stock = ColocatedDeployment if name == "colocated" else StockLoraDeployment
     return stock(topology, workers=benchmark.workers, options=DeploymentOptions(**options), observer=observer)
@@ -164,7 +158,9 @@ class IsolatedDeployment(Deployment):
                 args = _args(disaggregation, workers.args, own, workers.isolated_args, extra)
                 name = f"{module.name}.{role.value}"
                 plans.append(self._plan_stock(module, role, name, args, gpus=_dealt(gpus, place)))
-        router = plan_router(self._topology, plans, ports=self._ports, options=self._options, environ=os.environ)
+        router = plan_router(
+            self._topology, plans, ports=self._ports, commands=self._options.commands, environ=os.environ
+        )
         return plans, router
 
     def _plan_stock(
@@ -187,7 +183,7 @@ class IsolatedDeployment(Deployment):
             ready_paths=("/health",),
             index=0,
             ports=self._ports,
-            options=self._options,
+            commands=self._options.commands,
             is_cpu_host=is_cpu_host,
             environ=os.environ,
         )

@@ -12,8 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
-from sglang_prefillshare.deployment import Deployment, WorkerPlan
+from sglang_prefillshare.deployment import Deployment
 from sglang_prefillshare.errors import ConfigError
+from sglang_prefillshare.plans import WorkerPlan
 from sglang_prefillshare.protocol import Role
 from sglang_prefillshare.workloads.config import Benchmark, TopologyName, Workers, parse_benchmark
 from sglang_prefillshare.workloads.topologies import make_deployment, pin_workers
