@@ -386,7 +386,11 @@ class System:
             return Answer(response.status, response.headers, await response.read())
 
     async def ready(self) -> None:
-        await until(lambda: not self.router.pool.missing())
+        """Every module can be served, and nobody is left who was not heard of once and may join in later."""
+        pool = self.router.pool
+        await until(
+            lambda: not pool.missing() and all(worker.observation(withdrawn=pool.withdrawn).is_asked for worker in pool)
+        )
 
     async def last_call(self) -> dict[str, Any]:
         calls = (await self.get("/calls")).json()["calls"]
