@@ -2,8 +2,9 @@
 
 One prefill worker, one decode worker with a small pool, tiny models, and two routers before them, of which one sends
 everything at once (`--no-admission`). Each client asks one prompt after another, all different, and comes again when an
-answer of 429 or 503 says. First as many clients as fit (the knee), then four times as many through either router. Three
-quarters of what fits may wait: the longer the queue, the longer an answer takes, and nothing else.
+answer of 429 or 503 says. With `--stream` the router knows how far each answer is. First as many clients as fit (the
+knee), then four times as many through either router. Three quarters of what fits may wait: the longer the queue, the
+longer an answer takes, and nothing else.
 Writes out/bench/overload/summary.json.
 
     python benchmark/serving/overload.py --minutes 3
@@ -48,6 +49,25 @@ RESERVED_TOKENS = 8
 REQUEST_TIMEOUT_S = 120.0
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What each request asks for."""
+
+    prompt_tokens: int
+    new_tokens: int
+    is_streamed: bool
+    is_varied: bool
+
+    def draw(self, rng: random.Random) -> dict[str, Any]:
+        longest = rng.randint(self.new_tokens // 8, self.new_tokens * 15 // 8) if self.is_varied else self.new_tokens
+        return {
+            "model": MODULE,
+            "input_ids": [rng.randrange(10, 500) for _ in range(self.prompt_tokens)],
+            "sampling_params": {"temperature": 0, "max_new_tokens": longest, "ignore_eos": True},
+            "stream": self.is_streamed,
+        }
+
+
 @dataclass(slots=True)
 class Variant:
     """One way to run, and what came of it."""
@@ -83,12 +103,22 @@ class Variant:
 @click.option("--minutes", default=3.0, show_default=True, help="Of load; the crowd with admission gets three fifths.")
 @click.option("--rounds", default=1, show_default=True, help="Stretches that the load comes in, the three in turn.")
 @click.option("--load", default=4.0, show_default=True, help="Clients, as a multiple of those that fit.")
+@click.option("--stream", is_flag=True, help="Have answers streamed.")
+@click.option("--vary", is_flag=True, help="Have answers of an eighth to fifteen eighths of --new-tokens.")
 @click.option("--prompt-tokens", default=200, show_default=True)
 @click.option("--new-tokens", default=96, show_default=True)
 @click.option("--pool-tokens", default=4096, show_default=True, help="Of the decode worker.")
 @click.option("--out", default=ROOT / "out", type=click.Path(path_type=Path), show_default=False)
 def main(
-    minutes: float, rounds: int, load: float, prompt_tokens: int, new_tokens: int, pool_tokens: int, out: Path
+    minutes: float,
+    rounds: int,
+    load: float,
+    stream: bool,
+    vary: bool,
+    prompt_tokens: int,
+    new_tokens: int,
+    pool_tokens: int,
+    out: Path,
 ) -> None:
     fitting = max(1, pool_tokens // (prompt_tokens + new_tokens + 1))
     crowd = max(1, round(load * fitting))
@@ -120,7 +150,8 @@ def main(
             (Variant("overload, admission", crowd, 3 * fifth_s), deployment.router_url),
             (Variant("overload, none", crowd, fifth_s), without_url),
         ]
-        asyncio.run(run_all(variants, rounds=rounds, prompt_tokens=prompt_tokens, new_tokens=new_tokens))
+        asks = Load(prompt_tokens, new_tokens, is_streamed=stream, is_varied=vary)
+        asyncio.run(run_all(variants, rounds=rounds, asks=asks))
     rows = [variant.row() for variant, _ in variants]
     summary: dict[str, Any] = {
         "question": "What does a deployment give under more load than fits, with admission and without?",
@@ -129,6 +160,8 @@ def main(
             "minutes": minutes,
             "rounds": rounds,
             "load": load,
+            "stream": stream,
+            "vary": vary,
             "prompt_tokens": prompt_tokens,
             "new_tokens": new_tokens,
             "pool_tokens": pool_tokens,
@@ -169,7 +202,7 @@ def second_router(deployment: Deployment, *flags: str) -> Iterator[str]:
         ports.release()
 
 
-async def run_all(variants: list[tuple[Variant, str]], *, rounds: int, prompt_tokens: int, new_tokens: int) -> None:
+async def run_all(variants: list[tuple[Variant, str]], *, rounds: int, asks: Load) -> None:
     rng = random.Random(7)
     timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as client:
@@ -178,37 +211,27 @@ async def run_all(variants: list[tuple[Variant, str]], *, rounds: int, prompt_to
             async with asyncio.TaskGroup() as group:
                 for _ in range(variant.clients):
                     seed = rng.getrandbits(32)
-                    group.create_task(ask_until(client, url, variant, end_s, seed, prompt_tokens, new_tokens))
+                    group.create_task(ask_until(client, url, variant, end_s, seed, asks))
 
 
 async def ask_until(
-    client: aiohttp.ClientSession,
-    url: str,
-    variant: Variant,
-    end_s: float,
-    seed: int,
-    prompt_tokens: int,
-    new_tokens: int,
+    client: aiohttp.ClientSession, url: str, variant: Variant, end_s: float, seed: int, asks: Load
 ) -> None:
     """One client: the next request when the last one is answered, or when its answer says to come again."""
     rng = random.Random(seed)
     while time.monotonic() < end_s:
-        body = {
-            "model": MODULE,
-            "input_ids": [rng.randrange(10, 500) for _ in range(prompt_tokens)],
-            "sampling_params": {"temperature": 0, "max_new_tokens": new_tokens, "ignore_eos": True},
-        }
         began = time.monotonic()
         try:
-            async with client.post(f"{url}/generate", json=body) as response:
-                answer = await response.json()
+            async with client.post(f"{url}/generate", json=asks.draw(rng)) as response:
+                is_whole = not asks.is_streamed or response.status != 200
+                answer = await response.json() if is_whole else await last_event(response)
                 variant.statuses[str(response.status)] += 1
                 if response.status == 200:
                     variant.e2e_s.append(time.monotonic() - began)
                     variant.queue_s.append(int(response.headers["x-prefillshare-queue-ms"]) / 1000)
                     if time.monotonic() <= end_s:
                         variant.in_time += 1
-                        variant.tokens_in_time += len(answer["output_ids"])
+                        variant.tokens_in_time += answer["meta_info"]["completion_tokens"]
                     variant.retractions += int(answer["meta_info"].get("num_retractions") or 0)
                     continue
                 pause_s = float(response.headers.get("retry-after", 1))
@@ -216,6 +239,18 @@ async def ask_until(
             variant.statuses[type(error).__name__] += 1
             pause_s = 1.0
         await asyncio.sleep(min(pause_s * rng.uniform(0.5, 1.5), max(0.0, end_s - time.monotonic())))
+
+
+async def last_event(response: aiohttp.ClientResponse) -> Any:
+    """Of a stream of `/generate`, which says all in each event. Raises `ClientPayloadError` where it was cut."""
+    last = b""
+    async for line in response.content:
+        if line.startswith(b"data: {"):
+            last = line
+    answer = json.loads(last.removeprefix(b"data: ") or b"{}")
+    if not answer.get("meta_info", {}).get("finish_reason"):
+        raise aiohttp.ClientPayloadError("a stream was cut")
+    return answer
 
 
 def _percentile_ms(values: list[float], percent: int) -> float | None:

@@ -166,7 +166,7 @@ def router(module: Any, out: Path, models: Models, patch: pytest.MonkeyPatch) ->
 
 def overload(module: Any, out: Path, models: Models, patch: pytest.MonkeyPatch) -> Path:
     sizes = ("--pool-tokens", 64, "--prompt-tokens", 20, "--new-tokens", 4)
-    assert "overload, none" in run(module, "--minutes", 0.03, *sizes, "--out", out)
+    assert "overload, none" in run(module, "--minutes", 0.03, *sizes, "--stream", "--vary", "--out", out)
     return out / "bench" / "overload" / "summary.json"
 
 

@@ -6,12 +6,13 @@ wait, `gate` lets them through.
 
 A worker's room is its pool less what requests hold there: ours as `holdings` counts them, each with all that it will
 have generated, and others' by what the worker says is used beyond that. What the worker's cache can give up is room.
+Where that is full, `peak_tokens` says how much of it will be held at one time: answers end one after the other.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -52,6 +53,25 @@ def has_room(stock: Stock, need_tokens: int, *, config: AdmissionConfig) -> bool
     if stock.role is Role.PREFILL and stock.backlog_tokens >= config.prefill_backlog_tokens:
         return False
     return stock.held_tokens + stock.foreign_tokens + need_tokens <= stock.room.pool_tokens
+
+
+_LAG_TOKENS: Final = 4
+"""By how much what came of an answer may be more or less than it has."""
+
+
+def peak_tokens(answers: Iterable[tuple[int, int]], *, reserved_tokens: int = 0) -> int:
+    """The most that answers hold at one time from now on, if each step gives one token to all that have not ended.
+
+    Each is (tokens that came of it, tokens that it will have); one that has more is taken to go on for ever. Of a
+    worker that keeps `reserved_tokens` free for each, it is not less than with those.
+    """
+    had = [(max(0, limit - came) if came <= limit + _LAG_TOKENS else math.inf, came) for came, limit in answers]
+    had.sort(reverse=True)
+    held = most = 0
+    for count, (left, came) in enumerate(had, 1):  # those that are left when this one ends
+        held += came + _LAG_TOKENS
+        most = max(most, held + (0 if left == math.inf else count * int(left)))
+    return max(most, held + reserved_tokens * len(had))
 
 
 def foreign_tokens(room: Room | None, *, held_tokens: int) -> int:

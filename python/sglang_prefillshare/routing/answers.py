@@ -95,12 +95,16 @@ class Events:
 
     def __init__(self) -> None:
         self._rest = b""
+        self.count = 0
+        """Of those that were complete: about as many as the answer has tokens."""
 
     def feed(self, data: bytes) -> bytes:
         """The events that are complete now, in one piece; empty where there are none."""
         whole, end, rest = (self._rest + data).rpartition(_EVENT_END)
         self._rest = rest
-        return whole + end
+        events = whole + end
+        self.count += events.count(_EVENT_END)
+        return events
 
     def rest(self) -> bytes:
         """What came after the last event, once the stream has ended."""

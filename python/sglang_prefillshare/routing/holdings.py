@@ -19,6 +19,8 @@ class Hold:
 
     chains: Sequence[Sequence[int]]
     own_tokens: int
+    answer_tokens: int = 0
+    """Of `own_tokens`, what its answer will have in the end; 0 where that is not one answer."""
 
 
 NOTHING: Final = Hold((), 0)

@@ -205,6 +205,7 @@ class Legs:
             events = stream.feed(data)
             if not events:
                 continue
+            worker.note_came(leg, stream.count)
             if not reply.is_started:
                 await self._raise_if_prefill_is_lost(attempt, events)
             events, failure = failure_in_events(events)

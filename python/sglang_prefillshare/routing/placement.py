@@ -147,7 +147,10 @@ class Placer:
             if worker.url in closed:
                 return False
             hold = holds[worker.url] = self._hold(request, chains, worker)
-            return has_room(worker.stock(now_s), worker.holdings.need(hold), config=self._config.admission)
+            need, config = worker.holdings.need(hold), self._config.admission
+            return has_room(worker.stock(now_s), need, config=config) or (
+                worker.role is Role.DECODE and has_room(worker.stock(now_s, at_peak=True), need, config=config)
+            )
 
         decoding = self._usable(Role.DECODE, request.module)
         prefilling = self._usable(Role.PREFILL, request.module)
@@ -394,8 +397,10 @@ class Placer:
         own = max(0, request.prompt_tokens - in_blocks) + len(request.prompts) * (info.page_size if info else 1)
         if worker.role is Role.DECODE:
             reserved = info.room.reserved_tokens if info is not None and info.room is not None else 0
-            answers = output_tokens(request.output_limits, config=self._config.admission)
-            own += sum(max(answer, reserved) for answer in answers)
+            answers = [
+                max(answer, reserved) for answer in output_tokens(request.output_limits, config=self._config.admission)
+            ]
+            return Hold(chains, own + sum(answers), answer_tokens=answers[0] if len(answers) == 1 else 0)
         return Hold(chains, own)
 
     def _sessions_of(self, role: Role, module: str) -> SessionMap:

@@ -24,7 +24,7 @@ import aiohttp
 from sglang_prefillshare.errors import WorkerError
 from sglang_prefillshare.protocol import WORKER_INFO_PATH, Role, WorkerInfo
 from sglang_prefillshare.request_fields import NO_LIMITS, Limits
-from sglang_prefillshare.routing.admission import Stock, foreign_tokens
+from sglang_prefillshare.routing.admission import Stock, foreign_tokens, peak_tokens
 from sglang_prefillshare.routing.block_index import BlockIndex
 from sglang_prefillshare.routing.breaker import Breaker, Permit
 from sglang_prefillshare.routing.config import BreakerConfig, RouterConfig
@@ -65,7 +65,7 @@ class Leg:
     """One half of a request on its worker. `legs` counts it from the moment its worker is chosen, so that requests
     that arrive together see each other; `fail` ends it from outside."""
 
-    __slots__ = ("began_s", "ended", "hold", "is_complete", "lost_reason", "permit", "task", "tokens")
+    __slots__ = ("began_s", "came", "ended", "hold", "is_complete", "lost_reason", "permit", "task", "tokens")
 
     def __init__(self, *, tokens: int, hold: Hold = NOTHING) -> None:
         self.tokens = tokens
@@ -74,6 +74,7 @@ class Leg:
         self.began_s = 0.0  # likewise, by `time.monotonic`
         self.ended: asyncio.Event | None = None  # made by whoever waits for its end
         self.task: asyncio.Task[Any] | None = None  # set when the leg starts
+        self.came = 0  # tokens of its answer, where that is streamed
         self.is_complete = False  # the worker has nothing left to abort
         self.lost_reason: str | None = None
 
@@ -223,18 +224,36 @@ class Worker:
         if not self.legs:
             self.has_no_leg.set()
 
-    def stock(self, now_s: float) -> Stock:
-        """How full it is, for admission. Only for one that said what it is."""
+    def stock(self, now_s: float, *, at_peak: bool = False) -> Stock:
+        """How full it is, for admission: with all that its answers will have, or as much of that as they will hold at
+        one time. Only for one that said what it is."""
         assert self.role is not None
+        room = self.info.room if self.info is not None else None
+        held_tokens = self.holdings.tokens
+        if at_peak and room is not None:
+            held_tokens -= self._never_held_tokens(room.reserved_tokens)
         return Stock(
             self.role,
-            self.info.room if self.info is not None else None,
-            held_tokens=self.holdings.tokens,
+            room,
+            held_tokens=held_tokens,
             foreign_tokens=self.foreign_tokens,
             leg_count=len(self.legs),
             backlog_tokens=self.inflight_tokens,
             is_full=now_s < self.full_until_s,
         )
+
+    def _never_held_tokens(self, reserved_tokens: int) -> int:
+        """Of what the answers that are coming will have, what is not held at one time."""
+        answers = [(leg.came, leg.hold.answer_tokens) for leg in self.legs if leg.came and leg.hold.answer_tokens]
+        in_the_end = sum(tokens for _, tokens in answers)
+        return max(0, in_the_end - peak_tokens(answers, reserved_tokens=reserved_tokens))
+
+    def note_came(self, leg: Leg, tokens: int) -> None:
+        """So many tokens of a leg's answer came; from the first on it is known when it will end."""
+        is_first = not leg.came
+        leg.came = tokens
+        if is_first:
+            self.on_change()
 
     def fail_legs(self, reason: str) -> None:
         for leg in list(self.legs):

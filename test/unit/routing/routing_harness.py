@@ -95,7 +95,8 @@ class Seen:
 @dataclass
 class FakeWorker:
     """`behave` scripts the generation endpoints: ok, bad, broken, hang, hang_after_first, die, die_mid_stream,
-    die_mid_body, broken_then_silent (to polls), transfer_failed, "full:<status>", "slow:<seconds>", or
+    die_mid_body, broken_then_silent (to polls), transfer_failed, "full:<status>", "slow:<seconds>", "tokens:<count>"
+    (so many events, and the rest once `goes_on` is set), or
     "said:<status>" and "said_late:<status>" with what the test has put into `said`; `script` goes first, one word a
     call. What it saw is in `seen`, `aborted` and `dropped`; `active` calls are being answered.
     `metrics` is the page it shows, `tree` the tree that it describes; `None` is 404."""
@@ -126,6 +127,7 @@ class FakeWorker:
     poll_headers: list[dict[str, str]] = field(default_factory=list)
     port: int = 0
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    goes_on: asyncio.Event = field(default_factory=asyncio.Event)
     _runner: web.AppRunner | None = None
 
     @property
@@ -336,6 +338,9 @@ class FakeWorker:
             return web.Response(body=WHOLE, headers={"content-type": "application/json", "x-worker": "yes"})
         response = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8", "x-worker": "yes"})
         await response.prepare(request)
+        if kind == "tokens":
+            await response.write(STREAM[1] * int(argument))
+            await self.goes_on.wait()
         for part in STREAM:
             await response.write(part)
             await asyncio.sleep(0.01)

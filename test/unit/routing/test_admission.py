@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from sglang_prefillshare.errors import ConfigError
 from sglang_prefillshare.protocol import Role, Room
-from sglang_prefillshare.routing.admission import Pace, Stock, foreign_tokens, has_room, output_tokens, retry_after_s
+from sglang_prefillshare.routing.admission import (
+    Pace,
+    Stock,
+    foreign_tokens,
+    has_room,
+    output_tokens,
+    peak_tokens,
+    retry_after_s,
+)
 from sglang_prefillshare.routing.config import AdmissionConfig
 
 CONFIG = AdmissionConfig()
@@ -69,6 +77,39 @@ def test_what_others_hold_is_what_is_used_beyond_ours():
     assert foreign_tokens(busy, held_tokens=800) == 0
     assert foreign_tokens(dataclasses.replace(busy, running_requests=0), held_tokens=0) == 0, "nobody is there"
     assert foreign_tokens(None, held_tokens=0) == 0
+
+
+ANSWERS = st.lists(st.tuples(st.integers(1, 60), st.integers(1, 50)), max_size=12)
+
+
+def held_at_most(answers):
+    """Step by step, until all that end have."""
+    answers = [list(answer) for answer in answers]
+    most = 0
+    for _ in range(61):
+        most = max(most, sum(came for came, _ in answers))
+        answers = [[came + 1, limit] for came, limit in answers if came != limit]
+    return most
+
+
+@given(ANSWERS, st.integers(0, 4))
+def test_answers_hold_no_more_than_their_peak(answers, lag):
+    ending = [(min(came, limit), limit) for came, limit in answers]
+    peak = peak_tokens(ending)
+    further = [(min(came + lag, limit), limit) for came, limit in ending]
+    assert held_at_most(further) <= peak, "whatever is on its way"
+    assert peak <= held_at_most(ending) + 4 * len(ending)
+    assert peak_tokens([(limit, limit) for _, limit in ending]) == sum(limit + 4 for _, limit in ending)
+
+
+def test_an_answer_past_its_limit_goes_on_for_ever():
+    assert peak_tokens([(90, 100), (50, 40)]) >= 100 + 60
+    assert peak_tokens([(50, 40)]) == 54
+    assert peak_tokens([]) == 0
+
+
+def test_what_a_worker_keeps_free_for_each_is_part_of_the_peak():
+    assert peak_tokens([(10, 20), (10, 20)], reserved_tokens=512) >= 2 * (10 + 512)
 
 
 def test_answers_count_with_their_limit_or_as_expected_and_as_sglang_clips_them():

@@ -103,6 +103,39 @@ def test_four_times_the_load_that_fits_is_all_answered_and_never_over_committed(
     run(scenario())
 
 
+@pytest.mark.parametrize("is_streamed", [True, False])
+def test_an_answer_that_will_have_ended_makes_room_for_another(is_streamed):
+    """Two of 400 tokens never hold 800 at one time, if the first has 390 of them when the other begins. Of an answer
+    that is not streamed nobody knows how far it is."""
+    longest = {"stream": is_streamed, "sampling_params": {"max_new_tokens": 400}}
+    need = PROMPT_TOKENS + 400 + PAGE_TOKENS
+
+    def two_and_a_bit(prefill, decode):
+        (planner,) = decode["planner"]
+        planner.info = dataclasses.replace(planner.info, room=Room(pool_tokens=2 * need + 100, used_tokens=0))
+
+    async def scenario():
+        async with running_system(prepare=two_and_a_bit) as system:
+            (planner,) = system.decode["planner"]
+            (worker,) = system.router.pool.decode["planner"]
+            planner.script = ["tokens:390", "tokens:5", "tokens:1"] if is_streamed else ["slow:0.5"] * 3
+            tasks = [asyncio.create_task(system.post("/generate", body(first=5, **longest)))]
+            if is_streamed:
+                await until(lambda: sum(leg.came for leg in worker.legs) == 390)
+            tasks += [asyncio.create_task(system.post("/generate", body(first=i, **longest))) for i in (6, 7)]
+            await until(lambda: planner.active == (3 if is_streamed else 2))
+            await asyncio.sleep(0.1)
+            assert planner.active == (3 if is_streamed else 2)
+            more = asyncio.create_task(system.post("/generate", body(first=8, **longest)))
+            await waiting(system, 1 if is_streamed else 2)
+            planner.goes_on.set()
+            answers = await asyncio.gather(*tasks, more)
+            assert [answer.status for answer in answers] == [200] * 4
+            system.assert_idle()
+
+    run(scenario())
+
+
 def test_a_module_that_waits_does_not_hold_another_up():
     async def scenario():
         async with running_system(prepare=with_room(1)) as system:
