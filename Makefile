@@ -18,7 +18,7 @@ demo: setup ## Watch planner, coder and reviewer, adapters in one server, answer
 demo-disaggregated: setup ## The same with a worker for the base, one for each module, and the router
 	@$(PYTHON) examples/demo/run.py --disaggregated --out out/demo-disaggregated
 
-test: setup ## Run the tests, on real SGLang servers with tiny models (about 20 minutes on two cores with nothing else to do)
+test: setup ## Run the tests, on real SGLang servers with tiny models (about 23 minutes on two cores with nothing else to do)
 	@$(PYTHON) -m pytest -q -n 2 --dist loadscope -m "not slow and not gpu" test
 
 test-slow: setup ## Run every test, the full oracle set too (about 30 minutes)
