@@ -212,20 +212,22 @@ def choose_backend(plans: Sequence[WorkerPlan]) -> list[WorkerPlan]:
             if BACKEND_NAME in named.values():
                 raise ConfigError(f"{reason} The topology asks for {BACKEND_NAME}.") from error
             print(f"prefillshare: {reason} All workers use nixl.", file=sys.stderr)
-            nixl = flags_of({_BACKEND: "nixl"})
-            return [plan if plan.role is None else replace(plan, command=(*plan.command, *nixl)) for plan in plans]
+            return [plan if plan.role is None else _with_nixl(plan) for plan in plans]
     return list(plans)
 
 
 def with_backend_of(beside: Sequence[WorkerPlan], new: Sequence[WorkerPlan]) -> list[WorkerPlan]:
     """The new workers with the backend of those they come to. Raises `ConfigError` where they could not use that."""
     if "nixl" in {_backend_of(plan) for plan in beside}:
-        told = flags_of({_BACKEND: "nixl"})
-        return [plan if _backend_of(plan) else replace(plan, command=(*plan.command, *told)) for plan in new]
+        return [plan if _backend_of(plan) else _with_nixl(plan) for plan in new]
     chosen = choose_backend([*beside, *new])
     if chosen[: len(beside)] != list(beside):
         raise ConfigError("all workers would have to use nixl then, and those who serve do not. Restart `up`.")
     return chosen[len(beside) :]
+
+
+def _with_nixl(plan: WorkerPlan) -> WorkerPlan:
+    return replace(plan, command=(*plan.command, *flags_of({_BACKEND: "nixl"})))
 
 
 def _backend_of(plan: WorkerPlan) -> str | None:

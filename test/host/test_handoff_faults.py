@@ -63,21 +63,14 @@ def begin(pair: HandoffPair, handoff: Handoff, *, lent_pages: int) -> InFlight:
     in_flight = InFlight(
         pair.decode.receive([handoff], bootstrap_addr=pair.prefill.bootstrap_addr), pair.prefill.send([handoff])
     )
-    until(pair.prefill, transfer_infos=1, pages_on_loan=lent_pages)
+    pair.prefill.wait_held(transfer_infos=1, pages_on_loan=lent_pages)
     return in_flight
-
-
-def until(process: WorkerProcess, **counts: int) -> None:
-    deadline = time.monotonic() + 5.0
-    while not counts.items() <= process.held().items():
-        assert time.monotonic() < deadline, (counts, process.held())
-        time.sleep(0.005)
 
 
 def asked_for(pair: HandoffPair) -> InFlight:
     """Decode wants a room that prefill has not heard of."""
     in_flight = InFlight(pair.decode.receive([a_handoff()], bootstrap_addr=pair.prefill.bootstrap_addr), None)
-    until(pair.prefill, transfer_infos=1)
+    pair.prefill.wait_held(transfer_infos=1)
     return in_flight
 
 
@@ -136,7 +129,7 @@ def test_a_killed_decode_worker_is_noticed_in_every_state_and_prefill_keeps_noth
         if in_flight.sending is not None:
             [sent] = in_flight.sending.result(NOTICED_S)
             assert sent.failure == "the decode worker died", state.__name__
-        until(prefill, **dict.fromkeys(prefill.held(), 0))
+        prefill.wait_held(**dict.fromkeys(prefill.held(), 0))
         works(HandoffPair(prefill, decodes[-1]))
 
 
@@ -172,7 +165,7 @@ def test_stuck_peers_are_given_up_and_what_they_do_later_does_not_count() -> Non
         # Decode hangs while everything is on loan to it: prefill takes its pages back, and writes into them.
         handoff = a_handoff(chunk_pages=24)
         receiving = decode.receive([handoff], bootstrap_addr=prefill.bootstrap_addr)
-        until(prefill, transfer_infos=1)
+        prefill.wait_held(transfer_infos=1)
         decode.pause()
         started = time.monotonic()
         [sent] = prefill.send([handoff]).result(LEASE_TIMEOUT_S + NOTICED_S)

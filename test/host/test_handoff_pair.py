@@ -94,11 +94,11 @@ def test_a_handoff_that_decode_gives_up_ends_on_both_sides(pair: HandoffPair) ->
     after the end of it stays in its tables."""
     receiving = pair.decode.receive([handoff], bootstrap_addr=pair.prefill.bootstrap_addr)
     if forgets:
-        pair.prefill.wait_held("transfer_infos")
+        pair.prefill.wait_held(timeout_s=10.0, transfer_infos=1)
     assert pair.decode.abort(handoff.room)
     assert receiving.result(10.0)[0].failure is not None
     if forgets:
-        pair.prefill.wait_held("failure_records")
+        pair.prefill.wait_held(timeout_s=10.0, failure_records=1)
     sending = pair.prefill.send([handoff])
     assert sending.result(10.0)[0].failure is not None
     assert not pair.decode.abort(handoff.room)

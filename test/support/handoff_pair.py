@@ -154,13 +154,12 @@ class WorkerProcess:
         """How much of each kind of per-room state this process holds: all zero when nothing is in flight or leaks."""
         return dict(self._submit(_Held()).result(timeout_s))
 
-    def wait_held(self, kind: str, *, timeout_s: float = 10.0) -> None:
-        """Wait until this process holds state of a `kind` of `held`, as when it has heard of a room."""
+    def wait_held(self, *, timeout_s: float = 5.0, **counts: int) -> None:
+        """Wait until this process holds so much of these kinds of `held`, as when it has heard of a room."""
         deadline = time.monotonic() + timeout_s
-        while not self.held()[kind]:
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"{self.name} holds no {kind} after {timeout_s} s")
-            time.sleep(0.01)
+        while not counts.items() <= self.held().items():
+            assert time.monotonic() < deadline, (counts, self.held())
+            time.sleep(0.005)
 
     def kill(self) -> None:
         """SIGKILL: no handler runs, and nothing is said to the peer."""
